@@ -1,0 +1,6 @@
+"""Federated parameter-efficient fine-tuning: nodes train an adapter, a server merges what they learned."""
+
+from fedpeft.errors import FedPeftError
+from fedpeft.version import VERSION as __version__
+
+__all__ = ["FedPeftError", "__version__"]

@@ -1,0 +1,93 @@
+"""The server's state on disk, whole or not at all.
+
+`checkpoint/round-R.safetensors` holds the state after round R, `round-R.sha256` its digest, written after it:
+a state without its digest was never finished and is passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fedpeft.adapters import AdapterState, spec_from_fields, spec_to_fields
+from fedpeft.errors import CheckpointError, sentence
+from fedpeft.files import encode_tensors, read_tensors, write_atomically
+from fedpeft.updates import ServerState
+
+KEPT_CHECKPOINTS = 2
+
+
+def save(folder: Path, state: ServerState) -> None:
+    """`folder` holds `state` as its newest checkpoint; all but the last two are removed.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; the checkpoint before stays the newest.
+    """
+    tensors = {f"adapter/{key}": value for key, value in state.adapter.tensors.items()}
+    tensors |= {f"optimizer/{key}": value for key, value in state.optimizer.items()}
+    fields = {
+        "run": state.run,
+        "round": state.round,
+        "seed": state.seed,
+        "progress": dict(state.progress),
+        "spec": spec_to_fields(state.adapter.spec),
+    }
+    data = encode_tensors(tensors, fields)
+    path = folder / f"round-{state.round:06d}.safetensors"
+    try:
+        write_atomically(path, data, mode=0o600)
+        write_atomically(path.with_suffix(".sha256"), hashlib.sha256(data).hexdigest().encode())
+    except OSError as error:
+        raise CheckpointError(
+            sentence(
+                str(path),
+                expected=f"room for {len(data)} bytes",
+                found=str(error),
+                remedy="free disk space, then run again with --resume",
+            )
+        ) from error
+    for old in _finished(folder)[:-KEPT_CHECKPOINTS]:
+        old.with_suffix(".sha256").unlink(missing_ok=True)
+        old.unlink(missing_ok=True)
+
+
+def load(folder: Path) -> ServerState:
+    """The newest state in `folder`.
+
+    Raises:
+        CheckpointError: there is none, or it is not what was written.
+    """
+    finished = _finished(folder)
+    if not finished:
+        raise CheckpointError(
+            sentence(str(folder), expected="a finished checkpoint", found="none", remedy="start the run anew")
+        )
+    path = finished[-1]
+    expected = path.with_suffix(".sha256").read_text(encoding="utf-8").strip()
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != expected:
+        remedy = "delete the two files of that round to resume from the round before"
+        raise CheckpointError(
+            sentence(str(path), expected=f"SHA-256 {expected[:12]}…", found=f"{found[:12]}… (corrupt)", remedy=remedy)
+        )
+    tensors, fields = read_tensors(path)
+    spec = spec_from_fields(fields["spec"])
+    return ServerState(
+        run=fields["run"],
+        round=fields["round"],
+        seed=fields["seed"],
+        adapter=AdapterState(spec, _below(tensors, "adapter/")),
+        optimizer=_below(tensors, "optimizer/"),
+        progress=fields["progress"],
+    )
+
+
+def _finished(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("round-*.safetensors") if path.with_suffix(".sha256").exists())
+
+
+def _below(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

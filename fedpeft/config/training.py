@@ -1,0 +1,101 @@
+"""Settings of the model, the task, and what a client does with them in a round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedpeft.config.fields import Table, require, require_range
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base: `asset:NAME` from the cache, a local folder, or a Hugging Face Hub name.
+
+    `device` is `auto`, `cpu`, `cuda` or `cuda:N`; `precision` is the autocast type where there is a GPU.
+    `dropout` replaces every dropout rate of the base (0 makes local training repeatable across engines).
+    """
+
+    source: str = "asset:minilm"
+    revision: str = ""
+    device: str = "auto"
+    precision: str = "float32"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(bool(self.source), "source", expected="a model", found=self.source, remedy="name one")
+        known = ("float32", "bfloat16", "float16")
+        require(self.precision in known, "precision", expected=f"one of {', '.join(known)}", found=self.precision)
+        device = self.device.split(":")[0]
+        require(device in ("auto", "cpu", "cuda"), "device", expected="auto, cpu, cuda or cuda:N", found=self.device)
+        require_range(self, "dropout", 0.0, 0.99)
+
+
+@dataclass(frozen=True)
+class SequenceClassification:
+    """One label for each text; `labels` in the order of the head's outputs, empty to take them from the data."""
+
+    labels: tuple[str, ...] = ()
+    max_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        require(len(set(self.labels)) == len(self.labels), "labels", expected="distinct names", found=self.labels)
+        require(len(self.labels) != 1, "labels", expected="two names or more, or none", found=self.labels)
+        require_range(self, "max_tokens", 8)
+
+
+TASKS = Table("kind", {"sequence_classification": SequenceClassification})
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What one client does in one round: AdamW for `steps` optimiser steps.
+
+    The learning rate warms up and then falls along a cosine over all `rounds × steps` of the run, to
+    `final_fraction` of its peak. `head_learning_rate` 0 means that of the adapter. `proximal` is FedProx's μ.
+    """
+
+    steps: int = 10
+    batch_size: int = 16
+    accumulation: int = 1
+    learning_rate: float = 1e-3
+    head_learning_rate: float = 0.0
+    warmup_fraction: float = 0.1
+    final_fraction: float = 0.1
+    weight_decay: float = 0.0
+    max_gradient_norm: float = 1.0
+    proximal: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "accumulation"):
+            require_range(self, key, 1)
+        require(self.learning_rate > 0, "learning_rate", expected="a number above 0", found=self.learning_rate)
+        for key in ("head_learning_rate", "weight_decay", "max_gradient_norm", "proximal"):
+            require_range(self, key, 0.0)
+        require_range(self, "warmup_fraction", 0.0, 1.0)
+        require_range(self, "final_fraction", 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """When held-out rows are scored, and when to stop.
+
+    The server scores its held-out rows every `every` rounds and after the last (0: only then). With
+    `on_clients`, the cohort scores the new adapter on its own rows too. After `patience` evaluations
+    without a better `metric` the run stops (0: never).
+    """
+
+    every: int = 1
+    batch_size: int = 64
+    on_clients: bool = False
+    metric: str = "accuracy"
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        require_range(self, "every", 0)
+        require_range(self, "batch_size", 1)
+        require_range(self, "patience", 0)
+        require(self.metric in METRICS, "metric", expected=f"one of {', '.join(METRICS)}", found=self.metric)
+
+
+METRICS = {"accuracy": 1, "macro_f1": 1, "loss": -1}
+"""Metrics that early stopping can watch, with the sign that makes larger better."""

@@ -1,0 +1,105 @@
+"""The server of a Flower federation: what `flwr run` starts."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedpeft.config import RunConfig, load
+from fedpeft.engines.flower_grid import GridTransport
+from fedpeft.errors import ConfigError, FedPeftError, sentence
+from fedpeft.experiment import resolve
+from fedpeft.federate import Watcher, federate
+from fedpeft.runs import RunFolder, folder_for, reopen
+
+_logger = logging.getLogger(__name__)
+
+
+def server_app(root: Path) -> ServerApp:
+    """A Flower server that federates as the settings file says; `root` is the folder of the app.
+
+    Flower's run-config gives `config` (a file in `root`), `set` (space-separated overrides), `out` (the run
+    folder; where relative, from the folder in which the SuperLink was started) and `resume` (a run folder).
+    A mistake ends the run as failed, with one sentence in its log.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        _speak_through_flower()
+        try:
+            _serve(grid, context.run_config, root)
+        except FedPeftError as error:
+            raise error.with_traceback(None) from None
+
+    return app
+
+
+def planned(asked: Mapping[str, Any], root: Path) -> tuple[RunFolder, RunConfig, bool]:
+    """The run folder, the resolved settings, and whether an earlier run goes on, as the run-config asks.
+
+    Raises:
+        FedPeftError: the settings, the data or the run folder cannot be used.
+    """
+    texts = {key: str(asked.get(key, "")) for key in ("config", "set", "out", "resume")}
+    try:
+        overrides = shlex.split(texts["set"])
+    except ValueError as error:
+        raise ConfigError(
+            sentence("run-config, set", expected="key=value ...", found=repr(texts["set"]), remedy="close the quotes")
+        ) from error
+    if texts["resume"]:
+        folder, config = reopen(Path(texts["resume"]), overrides)
+        return folder, config, True
+    out = [f"out={texts['out']}"] if texts["out"] else []
+    config = resolve(load(root / texts["config"], [*overrides, *out]))
+    folder = folder_for(config)
+    return folder, replace(config, out=str(folder.root)), False
+
+
+def _serve(grid: Grid, asked: Mapping[str, Any], root: Path) -> None:
+    folder, config, resume = planned(asked, root)
+    _logger.info("the run folder is %s", folder.root)
+    transport = GridTransport(grid, config)
+    transport.wait_for(config.federation.clients, config.federation.deadline_seconds)
+    federate(config, folder, transport, engine="flower", resume=resume, watcher=_watcher(config))
+
+
+def _watcher(config: RunConfig) -> Watcher:
+    """A watcher that writes a line for each round into the run's log."""
+
+    def tell(record: dict[str, Any]) -> None:
+        scored = record["evaluation"] or {}
+        metric = config.evaluation.metric
+        tail = f", held-out {metric} {scored[metric]:.4f}" if metric in scored else ""
+        counts = f"{len(record['clients'])} updates, {len(record['failures'])} failures"
+        _logger.info("round %d of %d: loss %.4f, %s%s", record["round"], config.rounds, record["loss"], counts, tail)
+
+    return Watcher(start=_nothing, reply=_nothing, round=tell, bound=_nothing)
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+def _speak_through_flower() -> None:
+    """What fedpeft logs stands in Flower's log of the run, and a FedPeftError stands there as its sentence alone."""
+    flower, ours = logging.getLogger("flwr"), logging.getLogger("fedpeft")
+    if not ours.handlers:
+        ours.handlers, ours.propagate = list(flower.handlers), False
+        ours.setLevel(logging.INFO)
+        flower.addFilter(_as_sentence)
+
+
+def _as_sentence(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, FedPeftError):
+        record.msg, record.args, record.exc_info = f"{record.getMessage()}: {error}", (), None
+    return True

@@ -1,0 +1,180 @@
+"""From settings to the parts of a run: data, model, strategy, clients, plan."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from fedpeft import rounds
+from fedpeft.adapters import AdapterState, Family
+from fedpeft.client import Site
+from fedpeft.config import RunConfig, choose, digest
+from fedpeft.config.data import DataConfig
+from fedpeft.config.training import METRICS, ModelConfig
+from fedpeft.data.partitions import deal, histogram
+from fedpeft.data.rows import DataReport, Row, Split, prepare
+from fedpeft.errors import DataError, sentence
+from fedpeft.models import AdaptedModel, install, load, load_tokenizer
+from fedpeft.strategy import Strategy, build, check
+from fedpeft.tasks import Example, Task, build_task, with_labels
+from fedpeft.training import TorchLearner, evaluate
+from fedpeft.wire import Session
+
+
+class FamilySettings(Protocol):
+    """Settings of an adapter family."""
+
+    def build(self) -> Family:
+        """The family that they describe."""
+        ...
+
+
+SiteRows = Callable[[RunConfig], Sequence[Row]]
+"""How a real site gets at its own rows."""
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """All rows of a simulation: the held-out ones, and the training rows of each site."""
+
+    sites: tuple[tuple[Row, ...], ...]
+    test: tuple[Row, ...]
+    report: DataReport
+    histograms: tuple[dict[str, Any], ...]
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """`config` with what it leaves to the data filled in: the labels, in the order of the head's outputs."""
+    task = with_labels(config.task.chosen, _split(config.data, config.seed).train)
+    return replace(config, task=choose(config.task.table, config.task.name, **{config.task.name: task}))
+
+
+def deal_rows(config: RunConfig) -> Dealt:
+    """The rows of every site and of the server; read once a process for the same settings."""
+    return _dealt(config.data, config.federation.clients, config.seed)
+
+
+def strategy_of(config: RunConfig) -> Strategy:
+    """The strategy that the settings describe."""
+    parts = config.aggregation
+    return build(
+        parts.stages.build(), parts.codec.chosen.build(), parts.merge.chosen.build(), parts.optimizer.chosen.build()
+    )
+
+
+def check_plan(config: RunConfig, adapted: AdaptedModel) -> None:
+    """Raises PlanError if two settings cannot go together, AdapterError if a pattern matches no tensor."""
+    parts = config.aggregation
+    check(parts.stages.build(), parts.codec.chosen.build(), parts.merge.chosen.build(), adapted.spec)
+
+
+def adapted_model(config: RunConfig) -> AdaptedModel:
+    """The base with the configured adapter on it; loaded once a process for the same settings."""
+    return _adapted(config.model, config.adapter.chosen, task_of(config).labels, config.seed)
+
+
+def task_of(config: RunConfig) -> Task:
+    """The task that the settings describe."""
+    return build_task(config.task.chosen)
+
+
+def site_of(config: RunConfig, partition: int, own_rows: SiteRows | None = None) -> Site:
+    """The client of one partition, with its rows of the simulation, or rows of its own."""
+    if own_rows:
+        examples = task_of(config).encode(own_rows(config), load_tokenizer(config.model), f"partition {partition}")
+    else:
+        examples = site_examples(config, partition)
+    if not examples:
+        raise DataError(
+            sentence(f"partition {partition}", expected="at least one row", found="none", remedy="give this site data")
+        )
+    return Site(partition, digest(config), strategy_of(config), learner_of(config, examples))
+
+
+def learner_of(config: RunConfig, examples: tuple[Example, ...]) -> TorchLearner:
+    """A learner on `examples`; learners of one process share the model."""
+    return TorchLearner(
+        adapted=adapted_model(config),
+        task=task_of(config),
+        examples=examples,
+        settings=config.training,
+        seed=config.seed,
+        rounds=config.rounds,
+        evaluation_batch_size=config.evaluation.batch_size,
+    )
+
+
+def evaluator_of(config: RunConfig) -> rounds.Evaluate:
+    """A function that scores an adapter on the server's held-out rows, overall and by group."""
+    learner = learner_of(config, test_examples(config))
+
+    def score(adapter: AdapterState) -> rounds.Record:
+        install(learner.adapted, adapter)
+        return evaluate(learner.adapted, learner.task, learner.examples, learner.evaluation_batch_size)
+
+    return score
+
+
+def site_examples(config: RunConfig, partition: int) -> tuple[Example, ...]:
+    """The tokenised training rows of one site of the simulation."""
+    return _examples(config.model, config.task.chosen, config.data, config.federation.clients, config.seed, partition)
+
+
+def test_examples(config: RunConfig) -> tuple[Example, ...]:
+    """The tokenised held-out rows."""
+    return _examples(config.model, config.task.chosen, config.data, config.federation.clients, config.seed, -1)
+
+
+def plan_of(config: RunConfig, run: str, spec: str) -> rounds.Plan:
+    """The round loop's view of the settings."""
+    return rounds.Plan(
+        session=Session(run, digest(config), spec),
+        rounds=config.rounds,
+        cohort=config.federation.cohort,
+        quorum=config.federation.quorum,
+        deadline_seconds=config.federation.deadline_seconds,
+        evaluate_every=config.evaluation.every,
+        evaluate_on_clients=config.evaluation.on_clients,
+        metric=config.evaluation.metric,
+        metric_sign=METRICS[config.evaluation.metric],
+        patience=config.evaluation.patience,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _split(data: DataConfig, seed: int) -> Split:
+    return prepare(data, seed)
+
+
+@functools.lru_cache(maxsize=4)
+def _dealt(data: DataConfig, clients: int, seed: int) -> Dealt:
+    split = _split(data, seed)
+    indices = deal(split.train, data.partition, clients, seed)
+    return Dealt(
+        sites=tuple(tuple(split.train[i] for i in of_site) for of_site in indices),
+        test=split.test,
+        report=split.report,
+        histograms=tuple({"partition": p, **histogram(split.train, rows)} for p, rows in enumerate(indices)),
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _adapted(model: ModelConfig, family: FamilySettings, labels: tuple[str, ...], seed: int) -> AdaptedModel:
+    return load(model, family.build(), labels, seed)
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenizer(model: ModelConfig) -> Any:
+    return load_tokenizer(model)
+
+
+@functools.lru_cache(maxsize=256)
+def _examples(
+    model: ModelConfig, task: object, data: DataConfig, clients: int, seed: int, partition: int
+) -> tuple[Example, ...]:
+    dealt = _dealt(data, clients, seed)
+    rows = dealt.test if partition < 0 else dealt.sites[partition]
+    place = "held-out rows" if partition < 0 else f"partition {partition}"
+    return build_task(task).encode(rows, _tokenizer(model), place)

@@ -1,0 +1,160 @@
+"""A whole run: from settings to a run folder with an adapter, a journal and a report."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedpeft import checkpoint, journal, rounds
+from fedpeft.bounds import Bound, measure_bounds
+from fedpeft.config import RunConfig, to_flat
+from fedpeft.errors import CheckpointError, sentence
+from fedpeft.experiment import (
+    adapted_model,
+    check_plan,
+    deal_rows,
+    evaluator_of,
+    plan_of,
+    strategy_of,
+    task_of,
+)
+from fedpeft.models import AdaptedModel, save_adapter
+from fedpeft.report.page import write_report
+from fedpeft.runs import RunFolder, create, write_folder
+from fedpeft.training import use_threads
+from fedpeft.updates import ServerState
+from fedpeft.version import VERSION
+from fedpeft.wire import Transport
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Who is told how a run goes: `start` once, `reply` for each client, `round` for each round, `bound` for each."""
+
+    start: Callable[[dict[str, Any], int], None]
+    reply: Callable[[int, int, bool], None]
+    round: Callable[[dict[str, Any]], None]
+    bound: Callable[[str], None]
+
+
+def silent() -> Watcher:
+    """A watcher that tells nobody."""
+    return Watcher(*(lambda *_: None for _ in range(4)))
+
+
+def federate(
+    config: RunConfig,
+    folder: RunFolder,
+    transport: Transport,
+    *,
+    engine: str,
+    resume: bool = False,
+    bounds: tuple[Bound, ...] = (),
+    watcher: Watcher | None = None,
+) -> list[dict[str, Any]]:
+    """The journal of the run, finished; `folder` holds adapter, journal, checkpoint, settings and report.
+
+    `config` must be resolved. Nothing is written before settings, data and model have been found usable.
+
+    Raises:
+        FedPeftError: the plan is forbidden, a quorum was missed, the disk is full; what was recorded stays.
+    """
+    use_threads(config.compute.threads)
+    told = watcher or silent()
+    adapted = adapted_model(config)
+    check_plan(config, adapted)
+    strategy, evaluate = strategy_of(config), evaluator_of(config)
+    if resume:
+        state = _resumed(folder, adapted)
+    else:
+        state = strategy.init(secrets.token_hex(8), config.seed, adapted.initial)
+        create(folder, config)
+        journal.append(folder.journal, _start_record(config, adapted, engine))
+        checkpoint.save(folder.checkpoint, state)
+    told.start(journal.read(folder.journal)[0], state.round)
+
+    def settle(record: rounds.Record, after: ServerState) -> None:
+        journal.append(folder.journal, record)
+        checkpoint.save(folder.checkpoint, after)
+        told.round(record)
+
+    plan = plan_of(config, state.run, adapted.spec.digest)
+    state, stopped = rounds.run(strategy, plan, state, transport, evaluate, rounds.Observer(told.reply, settle))
+    final = strategy.finalize(state)
+    write_folder(folder.adapter, lambda scratch: save_adapter(adapted, final, scratch))
+    final_evaluation = _last_evaluation(folder.journal, state.round) or evaluate(final)
+    if bounds:
+        journal.append(folder.journal, {"event": "bounds", "rows": measure_bounds(config, bounds, told.bound)})
+    journal.append(folder.journal, _end_record(folder.journal, adapted, stopped, final_evaluation))
+    write_report(folder.root)
+    return journal.read(folder.journal)
+
+
+def _resumed(folder: RunFolder, adapted: AdaptedModel) -> ServerState:
+    state = checkpoint.load(folder.checkpoint)
+    if state.adapter.spec.digest != adapted.spec.digest:
+        raise CheckpointError(
+            sentence(
+                str(folder.checkpoint),
+                expected=f"an adapter of specification {adapted.spec.digest[:12]}",
+                found=state.adapter.spec.digest[:12],
+                remedy="restore the base model that the run was started with",
+            )
+        )
+    state = replace(state, adapter=replace(state.adapter, spec=adapted.spec))
+    journal.truncate(folder.journal, state.round)
+    journal.append(folder.journal, {"event": "resume", "round": state.round, "time": _now()})
+    return state
+
+
+def _start_record(config: RunConfig, adapted: AdaptedModel, engine: str) -> dict[str, Any]:
+    dealt = deal_rows(config)
+    return {
+        "event": "start",
+        "fedpeft": VERSION,
+        "time": _now(),
+        "engine": engine,
+        "config": to_flat(config),
+        "labels": list(task_of(config).labels),
+        "adapter": {
+            "family": adapted.spec.family,
+            "trainable_parameters": adapted.spec.parameters,
+            "bytes": 4 * adapted.spec.parameters,
+            "base_parameters": adapted.base_parameters,
+            "base_bytes": 4 * adapted.base_parameters,
+        },
+        "data": asdict(dealt.report),
+        "partitions": list(dealt.histograms),
+    }
+
+
+def _end_record(path: Path, adapted: AdaptedModel, stopped: str, evaluation: dict[str, Any]) -> dict[str, Any]:
+    records = [record for record in journal.read(path) if record["event"] == "round"]
+    trips = sum(len(record["cohort"]) + len(record["clients"]) for record in records)
+    return {
+        "event": "end",
+        "rounds": len(records),
+        "seconds": sum(record["seconds"]["total"] for record in records),
+        "stopped": stopped,
+        "evaluation": evaluation,
+        "bytes_up": sum(record["bytes_up"] for record in records),
+        "bytes_down": sum(record["bytes_down"] for record in records),
+        "full_model_bytes": 4 * adapted.base_parameters * trips,
+    }
+
+
+def _last_evaluation(path: Path, round_: int) -> dict[str, Any] | None:
+    for record in journal.read(path):
+        if record["event"] == "round" and record["round"] == round_:
+            found: dict[str, Any] | None = record["evaluation"]
+            return found
+    return None
+
+
+def _now() -> str:
+    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="seconds")

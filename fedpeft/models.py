@@ -1,0 +1,288 @@
+"""The frozen base and the adapter on it: load, install, extract, save."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from torch import nn
+
+from fedpeft.adapters import AdapterSpec, AdapterState, Family, ModuleSpec
+from fedpeft.assets import resolve
+from fedpeft.config.training import ModelConfig
+from fedpeft.errors import AdapterError, ModelError, sentence
+from fedpeft.randomness import derive_seed
+
+_HEADS = ("classifier", "score")
+"""Names that transformers gives the task's own last layer, as peft knows them."""
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Where a tensor of the adapter lives in the model, and the scale that its stored value carries."""
+
+    parameter: nn.Parameter
+    scale: float
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A frozen base with one trainable adapter on it; `initial` is the adapter as it was drawn."""
+
+    model: nn.Module
+    tokenizer: Any
+    family: Family
+    spec: AdapterSpec
+    bindings: Mapping[str, Binding]
+    initial: AdapterState
+    device: torch.device
+    precision: torch.dtype
+    base_parameters: int
+
+
+def load(config: ModelConfig, family: Family, labels: tuple[str, ...], seed: int) -> AdaptedModel:
+    """The base that `config` names, for classifying into `labels`, with a fresh adapter drawn from `seed`.
+
+    The base is in float32 and never trained. Two processes with the same arguments hold the same numbers.
+
+    Raises:
+        ModelError: the base cannot be loaded, or the family cannot be put on it.
+    """
+    source = model_path(config)
+    with _drawn_from(seed, "model"):
+        tokenizer = load_tokenizer(config)
+        base = _load_base(config, source, labels, int(tokenizer.pad_token_id))
+        base_parameters = sum(parameter.numel() for parameter in base.parameters())
+        device = torch.device(_device(config))
+        model = _install(base.to(device), family, source).to(device)
+    precision = getattr(torch, config.precision) if device.type == "cuda" else torch.float32
+    spec, bindings = _describe(model, family)
+    initial = AdapterState(spec, {key: _folded(binding) for key, binding in bindings.items()})
+    return AdaptedModel(model, tokenizer, family, spec, bindings, initial, device, precision, base_parameters)
+
+
+def model_path(config: ModelConfig) -> str:
+    """The folder or Hub name that `config.source` stands for."""
+    if config.source.startswith("asset:"):
+        return str(resolve(config.source.removeprefix("asset:")))
+    return config.source
+
+
+def extract(adapted: AdaptedModel) -> AdapterState:
+    """The adapter's values now, as copies, with scales folded in."""
+    return AdapterState(adapted.spec, {key: _folded(binding) for key, binding in adapted.bindings.items()})
+
+
+def install(adapted: AdaptedModel, state: AdapterState) -> None:
+    """The model computes with `state` from now on.
+
+    Raises:
+        AdapterError: `state` does not follow the model's specification.
+    """
+    if state.spec.digest != adapted.spec.digest:
+        raise AdapterError(
+            sentence(
+                "adapter",
+                expected=f"specification {adapted.spec.digest[:12]}",
+                found=state.spec.digest[:12],
+                remedy="use the base model and adapter settings that it was made with",
+            )
+        )
+    adapted.spec.require(state.tensors, "adapter")
+    with torch.no_grad():
+        for key, binding in adapted.bindings.items():
+            value = torch.from_numpy(np.array(state.tensors[key], np.float32)).to(adapted.device)
+            binding.parameter.copy_(value if binding.scale == 1.0 else value / binding.scale)
+
+
+def save_adapter(adapted: AdaptedModel, state: AdapterState, folder: Path) -> None:
+    """`folder` holds `state` in the layout that stock `peft.PeftModel.from_pretrained` loads, head included.
+
+    A family with no adapter of its own is saved as a whole model.
+    """
+    install(adapted, state)
+    options = {"save_embedding_layers": False} if isinstance(adapted.model, peft.PeftModel) else {}
+    model: Any = adapted.model
+    model.save_pretrained(str(folder), **options)
+    adapted.tokenizer.save_pretrained(str(folder))
+
+
+def save_merged(adapted: AdaptedModel, state: AdapterState, folder: Path) -> None:
+    """`folder` holds the base with `state` merged into its weights, as a stock transformers model.
+
+    Raises:
+        ModelError: the family adds tokens or layers that no weight of the base can take up.
+    """
+    install(adapted, state)
+    model: Any = adapted.model
+    if adapted.family.kind == "prompt":
+        raise ModelError(
+            sentence(
+                f"adapter family {adapted.family.name}",
+                expected="one that can be merged into weights",
+                found="one that adds to the input",
+                remedy="export the adapter instead",
+            )
+        )
+    merged = model.merge_and_unload() if adapted.family.peft else model
+    merged.save_pretrained(str(folder))
+    adapted.tokenizer.save_pretrained(str(folder))
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer of the base that `config` names, able to pad.
+
+    Raises:
+        ModelError: there is none.
+    """
+    with _loading(config):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_path(config), **_from_where(config))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load_base(config: ModelConfig, source: str, labels: tuple[str, ...], pad: int) -> nn.Module:
+    names = dict(enumerate(labels))
+    with _loading(config):
+        settings = transformers.AutoConfig.from_pretrained(source, **_from_where(config))
+        for key, value in settings.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(settings, key, config.dropout)
+        settings.num_labels, settings.id2label, settings.pad_token_id = len(labels), names, pad
+        settings.label2id = {name: number for number, name in names.items()}
+        base: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(
+            source, config=settings, dtype=torch.float32, **_from_where(config)
+        )
+    return base
+
+
+def _from_where(config: ModelConfig) -> dict[str, Any]:
+    """What transformers is told of a source: its revision, and to stay off the network where it can."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in {"1", "true", "yes"}
+    where: dict[str, Any] = {"local_files_only": offline or Path(model_path(config)).is_dir()}
+    return {**where, "revision": config.revision} if config.revision else where
+
+
+@contextlib.contextmanager
+def _loading(config: ModelConfig) -> Iterator[None]:
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            sentence(
+                f"model.source {config.source}",
+                expected="a model that transformers can load for this task",
+                found=str(error).splitlines()[0],
+                remedy="name a local folder, a packaged asset, or a Hub model that is reachable or cached",
+            )
+        ) from error
+
+
+def _install(base: nn.Module, family: Family, source: str) -> nn.Module:
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    if not family.peft:
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(name.split(".")[0] in _HEADS)
+        return base
+    arguments = {**family.peft, "task_type": "SEQ_CLS", "base_model_name_or_path": source}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            return peft.get_peft_model(base, peft.get_peft_config(arguments))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(
+            sentence(
+                f"adapter.{family.name}",
+                expected=f"settings that fit {type(base).__name__}",
+                found=str(error).splitlines()[0],
+                remedy="name target_modules that this model has",
+            )
+        ) from error
+
+
+def _describe(model: nn.Module, family: Family) -> tuple[AdapterSpec, dict[str, Binding]]:
+    """The specification of the model's trainable tensors, and where each of them is."""
+    scales = _scales(model, family)
+    found: dict[tuple[str, str], dict[str, Binding]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            path, kind, tensor = family.locate(name)
+            scale = scales.get(path, 1.0) if kind == family.kind and tensor == family.folded else 1.0
+            found.setdefault((path, kind), {})[tensor] = Binding(parameter, scale)
+    modules = tuple(
+        _module_spec(path, kind, tensors, family, scales.get(path, 1.0))
+        for (path, kind), tensors in sorted(found.items())
+    )
+    spec = AdapterSpec(_base_digest(model), family.name, modules)
+    flat = {f"{path}.{name}": binding for (path, _), tensors in found.items() for name, binding in tensors.items()}
+    return spec, {key: flat[key] for key in spec.shapes}
+
+
+def _module_spec(path: str, kind: str, tensors: Mapping[str, Binding], family: Family, scale: float) -> ModuleSpec:
+    shapes = tuple((name, tuple(tensors[name].parameter.shape)) for name in sorted(tensors))
+    own = kind == family.kind and family.ranked in tensors
+    rank = tensors[family.ranked].parameter.shape[0] if own else 0
+    return ModuleSpec(path, kind, rank, scale if own else 1.0, shapes)
+
+
+def _scales(model: nn.Module, family: Family) -> dict[str, float]:
+    """What each adapted module multiplies its factors' product by, by module path."""
+    if not family.folded:
+        return {}
+    return {
+        name.removeprefix(family.prefix): float(module.scaling["default"])
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "scaling", None), dict) and "default" in module.scaling
+    }
+
+
+def _base_digest(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and a sample of at most 256 values of each frozen tensor.
+
+    It tells one base from another; it does not prove that two are equal. The original head, which a trained
+    copy replaces, is left out.
+    """
+    sha = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not parameter.requires_grad and "original_module" not in name:
+            flat = parameter.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 256)].float().cpu().numpy()
+            sha.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
+    return sha.hexdigest()
+
+
+def _folded(binding: Binding) -> np.ndarray:
+    value = binding.parameter.detach().to(device="cpu", dtype=torch.float32)
+    return np.array((value if binding.scale == 1.0 else value * binding.scale).numpy())
+
+
+def _device(config: ModelConfig) -> str:
+    if config.device != "auto":
+        if config.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ModelError(
+                sentence("model.device", expected="a CUDA device", found="none", remedy="set model.device=cpu")
+            )
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def _drawn_from(seed: int, purpose: str) -> Iterator[None]:
+    """Torch's global generator stands at a seed of its own inside, and where it stood before after."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, purpose))
+        yield

@@ -1,0 +1,251 @@
+"""One HTML page that holds a whole run: no script, no file beside it, nothing fetched."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedpeft import journal
+from fedpeft.errors import RunFolderError, sentence
+from fedpeft.files import write_atomically
+from fedpeft.report.drawing import Plot, inline_svg
+from fedpeft.report.history import History, Record, history
+from fedpeft.report.plots import comparison_plots, plots
+from fedpeft.report.stylesheet import STYLESHEET
+from fedpeft.report.tables import (
+    Table,
+    comparison_table,
+    difference_table,
+    failure_table,
+    render_html,
+    settings_table,
+    summary_table,
+)
+from fedpeft.report.units import human_bytes, human_count, human_seconds, percent, points, times
+
+_Figure = tuple[str, str, str]
+_MOST_OPEN_ROWS = 20
+
+
+def write_report(run_folder: Path) -> Path:
+    """`run_folder/report.html` shows what the folder's journal says; the same journal gives the same bytes.
+
+    Raises:
+        RunFolderError: there is no journal, or it is corrupt or empty.
+        OSError: the disk is full or not writable; a report that was there is as it was.
+    """
+    records = journal.read(run_folder / "journal.jsonl")
+    path = run_folder / "report.html"
+    write_atomically(path, _encoded(render_page(records)))
+    return path
+
+
+def write_comparison(run_folders: Sequence[Path], out: Path) -> Path:
+    """`out` is one page that shows several runs together: their curves, a table, and the settings that differ.
+
+    Raises:
+        RunFolderError: no run is named, or a journal is missing, corrupt or empty.
+    """
+    if not run_folders:
+        raise RunFolderError(
+            sentence("comparison", expected="at least one run folder", found="none", remedy="name the runs to compare")
+        )
+    runs = dict(
+        zip(_names(run_folders), (journal.read(folder / "journal.jsonl") for folder in run_folders), strict=True)
+    )
+    write_atomically(out, _encoded(render_comparison(runs)))
+    return out
+
+
+def render_page(records: Sequence[Record]) -> str:
+    """The page of one run.
+
+    Raises:
+        RunFolderError: the journal does not begin with a start line.
+    """
+    run = history(records)
+    parts = [
+        _kicker(run),
+        f"<h1>{html.escape(run.name)}</h1>",
+        f'<p class="lede">{html.escape(_lede(run))}</p>',
+        _figures(_key_figures(run)),
+        _section("Result", _scroll(render_html(summary_table(records), "numbers summary"))),
+        _section("Round by round and site by site", _plots(plots(records))),
+    ]
+    failures = failure_table(records)
+    if failures.rows:
+        parts.append(_folded(f"Failures ({len(failures.rows)})", failures, "words"))
+    settings = settings_table(records)
+    if settings.rows:
+        parts.append(_folded("Settings", settings, "words settings"))
+    parts.append(_footer(run))
+    return _document(run.name, parts)
+
+
+def render_comparison(runs: Mapping[str, Sequence[Record]]) -> str:
+    """The page of several runs, each by its name.
+
+    Raises:
+        RunFolderError: a journal does not begin with a start line.
+    """
+    title = f"{_plural(len(runs), 'run')} compared"
+    unlike = difference_table(runs)
+    parts = [
+        '<p class="kicker">Federated fine-tuning · comparison</p>',
+        f"<h1>{title}</h1>",
+        _section("Result", _scroll(render_html(comparison_table(runs), "numbers"))),
+        _section("Accuracy", _plots(comparison_plots(runs))),
+    ]
+    if len(unlike.columns) > 1:
+        parts.append(_section("Settings that differ", _scroll(render_html(unlike, "numbers"))))
+    return _document(title, parts)
+
+
+def _kicker(run: History) -> str:
+    told = ["Federated fine-tuning", _state(run), _moment(str(run.start.get("time") or ""))]
+    return f'<p class="kicker">{html.escape(" · ".join(str(part) for part in told if part))}</p>'
+
+
+def _moment(time: str) -> str:
+    try:
+        return f"{datetime.fromisoformat(time).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    except ValueError:
+        return time
+
+
+def _state(run: History) -> str:
+    if run.end is None:
+        return "still going when this page was written"
+    return "stopped early" if run.end.get("stopped") == "early" else "completed"
+
+
+def _lede(run: History) -> str:
+    accuracy = (run.evaluation or {}).get("accuracy")
+    sites, done = _plural(len(run.partitions), "site"), _plural(len(run.rounds), "round")
+    if not run.rounds:
+        return f"The run has started over {sites}; no round has ended yet."
+    if accuracy is None:
+        return f"{done} over {sites} ended; nothing has been evaluated."
+    rows = (run.evaluation or {}).get("rows")
+    held_out = f"{rows:,} held-out rows" if rows else "the held-out rows"
+    saved = f", sending {times(run.ratio)} less than the full model would have taken" if run.ratio else ""
+    reached = f"After {done} over {sites} the model classifies {percent(accuracy)} of {held_out} rightly"
+    return f"{reached}{saved}.{_gains(run, accuracy)}"
+
+
+def _gains(run: History, accuracy: float) -> str:
+    shares = {str(bound.get("name")): (bound.get("evaluation") or {}).get("accuracy") for bound in run.bounds}
+    told = [f"{points(accuracy - share)} “{name}”" for name, share in shares.items() if share is not None]
+    return f" That is {', '.join(told[:-1])}{' and ' if told[1:] else ''}{told[-1]}." if told else ""
+
+
+def _key_figures(run: History) -> list[_Figure]:
+    adapter, evaluation = run.start.get("adapter") or {}, run.evaluation or {}
+    figures: list[_Figure] = []
+    if evaluation.get("accuracy") is not None:
+        score = evaluation.get("macro_f1")
+        figures.append(("Accuracy", percent(evaluation["accuracy"]), "" if score is None else f"macro F1 {score:.3f}"))
+    figures.append(("Sites", str(len(run.partitions)), _cohort(run)))
+    figures.append(("Rounds", str(len(run.rounds)), _planned(run)))
+    if adapter.get("trainable_parameters"):
+        figures.append(("Trained parameters", human_count(adapter["trainable_parameters"]), _share(adapter)))
+    if run.rounds:
+        less = f"{times(run.ratio)} less than the full model" if run.ratio else ""
+        figures.append(("Sent", human_bytes(run.bytes_up + run.bytes_down), less))
+        figures.append(("Time", human_seconds(run.seconds), f"engine: {run.start.get('engine', 'not told')}"))
+    return figures
+
+
+def _cohort(run: History) -> str:
+    cohort = run.config.get("federation.cohort")
+    return f"{cohort} drawn a round" if cohort is not None else ""
+
+
+def _planned(run: History) -> str:
+    planned = run.config.get("rounds")
+    return f"of {planned} planned" if planned is not None else ""
+
+
+def _share(adapter: Record) -> str:
+    family, base = adapter.get("family", "adapter"), adapter.get("base_parameters")
+    if not base:
+        return str(family)
+    return f"{family}, {100 * adapter['trainable_parameters'] / base:.2g} % of {human_count(base)}"
+
+
+def _figures(figures: Sequence[_Figure]) -> str:
+    cells = "".join(
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}<small>{html.escape(note)}</small></dd></div>"
+        for name, value, note in figures
+    )
+    return f'<dl class="figures">{cells}</dl>'
+
+
+def _plots(shown: Sequence[Plot]) -> str:
+    if not shown:
+        return "<p>Nothing to draw yet.</p>"
+    return f'<div class="plots">{"".join(map(_plot, shown))}</div>'
+
+
+def _plot(plot: Plot) -> str:
+    return (
+        f'<figure id="plot-{plot.name}"><h3>{html.escape(plot.title)}</h3><div class="plot">{inline_svg(plot)}</div>'
+        f"<figcaption>{html.escape(plot.caption)}</figcaption></figure>\n"
+    )
+
+
+def _folded(title: str, table: Table, css_class: str) -> str:
+    """Rows that most readers skip: shut, unless there are few and they tell of trouble."""
+    is_open = " open" if "settings" not in css_class and len(table.rows) <= _MOST_OPEN_ROWS else ""
+    return (
+        f"<details{is_open}><summary>{html.escape(title)}</summary>{_scroll(render_html(table, css_class))}</details>"
+    )
+
+
+def _footer(run: History) -> str:
+    data = run.start.get("data") or {}
+    told = [f"fedpeft {run.start.get('fedpeft', '')}".strip()]
+    if data.get("train_rows") is not None:
+        told.append(f"{data['train_rows']:,} training rows and {data.get('test_rows') or 0:,} held out")
+    if data.get("repeats_removed"):
+        told.append(f"{data['repeats_removed']:,} repeats removed before the split")
+    if data.get("test_overlap") is not None:
+        told.append(f"{percent(data['test_overlap'])} of held-out rows also stand in training")
+    return f"<footer>{html.escape(' · '.join(told))}</footer>"
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2>\n{body}</section>"
+
+
+def _scroll(table: str) -> str:
+    return f'<div class="scroll" tabindex="0">{table}</div>'
+
+
+def _document(title: str, parts: Sequence[str]) -> str:
+    body = "\n".join(parts)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)} · fedpeft</title>\n"
+        f'<link rel="icon" href="data:,">\n<style>{STYLESHEET}</style>\n'
+        f"</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode(errors="replace")
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Each folder's own name, or its whole path where two share a name."""
+    short = [folder.resolve().name for folder in folders]
+    if len(set(short)) == len(short):
+        return short
+    return [f"{folder} ({number})" for number, folder in enumerate(folders, start=1)]
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,255 @@
+"""What happened over the rounds: accuracy, loss, bytes, drift. Each function gives None where nothing was measured."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from fedpeft.report import drawing
+from fedpeft.report.drawing import BOUND_DASHES, FAINT, FEDERATION, INK, PALETTE, Plot
+from fedpeft.report.history import History, Record, history
+from fedpeft.report.sites import participation_plot, partition_plot
+from fedpeft.report.units import human_bytes, percent, times
+
+
+def plots(records: Sequence[Record]) -> list[Plot]:
+    """Every plot that the journal has something to show in, in reading order.
+
+    Raises:
+        RunFolderError: the journal does not begin with a start line.
+    """
+    run = history(records)
+    makers = (
+        accuracy_plot,
+        group_accuracy_plot,
+        loss_plot,
+        drift_plot,
+        round_bytes_plot,
+        total_bytes_plot,
+        partition_plot,
+        participation_plot,
+    )
+    return [plot for plot in (maker(run) for maker in makers) if plot is not None]
+
+
+def accuracy_plot(run: History) -> Plot | None:
+    """Held-out accuracy after each evaluated round, the bounds as horizontal lines."""
+    on_sites = [record for record in run.rounds if record.get("client_evaluation")]
+    if not run.evaluated and not on_sites:
+        return None
+    with drawing.style():
+        figure = drawing.new_figure()
+        axes = figure.subplots()
+        handles = {}
+        if run.evaluated:
+            handles["federation"] = _line(axes, run.evaluated, _evaluated("accuracy"), FEDERATION)
+        if on_sites:
+            name = "federation, on the sites' own rows"
+            handles[name] = _line(axes, on_sites, _evaluated("accuracy", "client_evaluation"), FAINT, linestyle=":")
+        for row, dashes in zip(run.bounds, itertools.cycle(BOUND_DASHES)):
+            accuracy = (row.get("evaluation") or {}).get("accuracy")
+            if accuracy is not None:
+                bound = axes.axhline(accuracy, color=INK, linestyle=dashes, linewidth=1.1)
+                handles[f"{row.get('name')}: {percent(accuracy)}"] = bound
+        drawing.percent_axis(axes)
+        drawing.rounds_axis(axes, _numbers(run.rounds))
+        drawing.legend(figure, list(handles.values()), list(handles), columns=1)
+    bounds = "; broken lines: the bounds, which no round changes" if run.bounds else ""
+    return Plot("accuracy", "Accuracy", f"Share of rows classified rightly after each round{bounds}.", figure)
+
+
+def group_accuracy_plot(run: History) -> Plot | None:
+    """Held-out accuracy of each group after each evaluated round."""
+    seen = {name for record in run.evaluated for name in record["evaluation"].get("groups") or {}}
+    if not seen:
+        return None
+    with drawing.style():
+        figure = drawing.new_figure()
+        axes = figure.subplots()
+        handles = {
+            name: _line(axes, run.evaluated, _group_accuracy(name), color)
+            for name, color in zip(sorted(seen), itertools.cycle(PALETTE))
+        }
+        handles["all rows"] = _line(axes, run.evaluated, _evaluated("accuracy"), FAINT, linestyle="--", marker="")
+        drawing.percent_axis(axes)
+        drawing.rounds_axis(axes, _numbers(run.rounds))
+        drawing.legend(figure, list(handles.values()), list(handles), columns=3)
+    caption = "The same model on the held-out rows of each group; a spread means that it serves some better."
+    return Plot("group-accuracy", "Accuracy by group", caption, figure)
+
+
+def loss_plot(run: History) -> Plot | None:
+    """The cohort's training loss each round, and the held-out loss."""
+    trained = [record for record in run.rounds if record.get("loss") is not None]
+    if not trained and not run.evaluated:
+        return None
+    with drawing.style():
+        figure = drawing.new_figure()
+        axes = figure.subplots()
+        handles = {}
+        if trained:
+            handles["training, the cohort"] = _line(axes, trained, _value("loss"), PALETTE[1])
+        if run.evaluated:
+            handles["held-out rows"] = _line(axes, run.evaluated, _evaluated("loss"), FEDERATION)
+        drawing.rounds_axis(axes, _numbers(run.rounds))
+        drawing.legend(figure, list(handles.values()), list(handles))
+    caption = "Training loss is the weighted mean of the sites that took part, so it moves with who was drawn."
+    return Plot("loss", "Loss", caption, figure)
+
+
+def drift_plot(run: History) -> Plot | None:
+    """Norms of the clients' deltas and of their mean, and how far the clients lie from it."""
+    if not run.rounds:
+        return None
+    with drawing.style():
+        figure = drawing.new_figure(3.6)
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        dots = [(record["round"], norm) for record in run.rounds for norm in _client_norms(record)]
+        (cloud,) = above.plot(*_columns(dots), "o", color=FAINT, alpha=0.7, markersize=3, markeredgewidth=0)
+        cloud.set_rasterized(len(dots) > drawing.MOST_VECTOR_MARKS)
+        _line(above, run.rounds, _value("update_norm"), FEDERATION)
+        above.set_ylim(bottom=0)
+        above.set_title("norm of the update")
+        _line(below, run.rounds, _value("drift"), PALETTE[3])
+        below.set_ylim(bottom=0)
+        below.set_title("drift (distance from the mean ÷ norm of the mean)")
+        drawing.rounds_axis(below, _numbers(run.rounds))
+        handles = [_key(FEDERATION), drawing.key_mark(FAINT, "o")]
+        drawing.legend(figure, handles, ["merged update", "one site's update"])
+    caption = "Above 1, the sites pull apart more than they pull together."
+    return Plot("drift", "Client drift", caption, figure)
+
+
+def round_bytes_plot(run: History) -> Plot | None:
+    """Bytes up and down in each round against sending the full model."""
+    return _bytes_plot(
+        run, "bytes", "Bytes per round", "What a round sent, on a log scale", lambda sizes: list(map(float, sizes))
+    )
+
+
+def total_bytes_plot(run: History) -> Plot | None:
+    """Bytes up and down since the first round against sending the full model."""
+    less = f": {times(run.ratio)} less than the full model" if run.ratio else ""
+    caption = f"All that was sent so far, on a log scale{less}"
+    return _bytes_plot(run, "bytes-total", "Bytes in total", caption, lambda sizes: list(itertools.accumulate(sizes)))
+
+
+def comparison_plots(runs: Mapping[str, Sequence[Record]]) -> list[Plot]:
+    """Accuracy over rounds and over bytes, one line a run.
+
+    Raises:
+        RunFolderError: a journal does not begin with a start line.
+    """
+    told = {name: history(records) for name, records in runs.items()}
+    told = {name: run for name, run in told.items() if run.evaluated}
+    if not told:
+        return []
+    by_round = {name: _points(run.evaluated, _evaluated("accuracy")) for name, run in told.items()}
+    by_bytes = {name: _accuracy_over_bytes(run) for name, run in told.items()}
+    return [
+        _comparison("accuracy", "Accuracy over rounds", "Held-out accuracy after each round.", by_round),
+        _comparison("accuracy-bytes", "Accuracy over bytes", "The same curves against all bytes sent.", by_bytes),
+    ]
+
+
+def _comparison(name: str, title: str, caption: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> Plot:
+    with drawing.style():
+        figure = drawing.new_figure(3.4)
+        axes = figure.subplots()
+        dashes = itertools.chain.from_iterable(itertools.repeat(kind, len(PALETTE)) for kind in ("-", "--", ":", "-."))
+        handles = [
+            axes.plot(*_columns(points), color=color, linestyle=dash, marker=drawing.dots(points))[0]
+            for points, color, dash in zip(lines.values(), itertools.cycle(PALETTE), itertools.cycle(dashes))
+        ]
+        drawing.percent_axis(axes)
+        if name == "accuracy":
+            drawing.rounds_axis(axes, [int(number) for points in lines.values() for number, _ in points])
+        else:
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+            axes.xaxis.set_major_formatter(lambda size, _position: human_bytes(size))
+            axes.set_xlabel("bytes up and down")
+        drawing.legend(figure, handles, list(lines))
+    return Plot(name, title, caption, figure)
+
+
+def _bytes_plot(run: History, name: str, title: str, caption: str, gather: Any) -> Plot | None:
+    if not any(record.get("bytes_up") or record.get("bytes_down") for record in run.rounds):
+        return None
+    numbers = _numbers(run.rounds)
+    lines = {
+        "down (server to sites)": ("bytes_down", "#9fc9b8", 3.6),
+        "up (sites to server)": ("bytes_up", FEDERATION, 1.6),
+    }
+    with drawing.style():
+        figure = drawing.new_figure()
+        axes = figure.subplots()
+        handles = {}
+        for told, (key, color, width) in lines.items():
+            sizes = gather([record.get(key) or 0 for record in run.rounds])
+            handles[told] = axes.plot(
+                numbers, _positive(sizes), color=color, linewidth=width, marker=drawing.dots(numbers)
+            )[0]
+        full = gather([run.full_model_bytes_of(record) or 0 for record in run.rounds])
+        if any(full):
+            handles["the full model, both ways"] = axes.plot(numbers, _positive(full), color=INK, linestyle="--")[0]
+        drawing.bytes_axis(axes)
+        drawing.rounds_axis(axes, numbers)
+        drawing.legend(figure, list(handles.values()), list(handles))
+    return Plot(name, title, f"{caption}.", figure)
+
+
+def _line(axes: Axes, records: Sequence[Record], read: Any, color: str, **look: Any) -> Line2D:
+    numbers, values = _columns(_points(records, read))
+    return axes.plot(numbers, values, color=color, **{"marker": drawing.dots(numbers), **look})[0]
+
+
+def _points(records: Sequence[Record], read: Any) -> list[tuple[float, float]]:
+    values = [(record["round"], read(record)) for record in records]
+    return [(number, math.nan if value is None else value) for number, value in values]
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [first for first, _ in points], [second for _, second in points]
+
+
+def _value(key: str) -> Any:
+    return lambda record: record.get(key)
+
+
+def _evaluated(key: str, where: str = "evaluation") -> Any:
+    return lambda record: record[where].get(key)
+
+
+def _group_accuracy(name: str) -> Any:
+    return lambda record: ((record["evaluation"].get("groups") or {}).get(name) or {}).get("accuracy")
+
+
+def _accuracy_over_bytes(run: History) -> list[tuple[float, float]]:
+    sent = itertools.accumulate(
+        (record.get("bytes_up") or 0) + (record.get("bytes_down") or 0) for record in run.rounds
+    )
+    totals = dict(zip(_numbers(run.rounds), sent, strict=True))
+    return [(totals[int(number)], value) for number, value in _points(run.evaluated, _evaluated("accuracy"))]
+
+
+def _client_norms(record: Record) -> list[float]:
+    norms = [client.get("update_norm") for client in record.get("clients") or ()]
+    return [norm for norm in norms if norm is not None]
+
+
+def _numbers(records: Sequence[Record]) -> list[int]:
+    return [record["round"] for record in records]
+
+
+def _positive(sizes: Sequence[float]) -> list[float]:
+    return [size if size > 0 else math.nan for size in sizes]
+
+
+def _key(color: str) -> Line2D:
+    return Line2D([], [], color=color, marker="o")

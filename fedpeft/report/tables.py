@@ -1,0 +1,231 @@
+"""The tables of a report: pure functions from journal records to rows, and rows to text, Markdown or HTML."""
+
+from __future__ import annotations
+
+import html
+import textwrap
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedpeft.report.history import History, Record, history
+from fedpeft.report.units import NOTHING, human_bytes, human_seconds, percent, times
+
+_NARROWEST = 9
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows under `columns`; the first column names the row, the others align right."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One line of the table a run ends with; None where a thing was not measured. Shares in [0, 1]."""
+
+    name: str
+    accuracy: float | None
+    spread: float | None
+    groups: Mapping[str, float | None]
+    bytes_up: int | None
+    bytes_down: int | None
+    ratio: float | None
+    seconds: float | None
+
+
+def summary_rows(records: Sequence[Record]) -> tuple[SummaryRow, ...]:
+    """The federation, then each bound.
+
+    Raises:
+        RunFolderError: the journal does not begin with a start line.
+    """
+    run = history(records)
+    return (_federation(run), *(_bound(row) for row in run.bounds))
+
+
+def summary_table(records: Sequence[Record]) -> Table:
+    """The table a run ends with: accuracy overall and per group, bytes, how many times less than the full model, time.
+
+    Raises:
+        RunFolderError: the journal does not begin with a start line.
+    """
+    groups = history(records).groups
+    rows = tuple(
+        (
+            row.name,
+            percent(row.accuracy, row.spread),
+            *(percent(row.groups.get(group)) for group in groups),
+            *_cost(row),
+        )
+        for row in summary_rows(records)
+    )
+    return Table(("", "accuracy", *groups, "bytes up", "bytes down", "× less than full model", "time"), rows)
+
+
+def comparison_table(runs: Mapping[str, Sequence[Record]]) -> Table:
+    """One row a run (its name to its journal's records): what it reached and what it cost.
+
+    Raises:
+        RunFolderError: a journal does not begin with a start line.
+    """
+    told = {name: history(records) for name, records in runs.items()}
+    groups = sorted({group for run in told.values() for group in run.groups})
+    rows = []
+    for name, run in told.items():
+        row = _federation(run)
+        shares = [percent(row.accuracy), *(percent(row.groups.get(group)) for group in groups)]
+        rows.append((name, _family(run), str(len(run.rounds)), *shares, *_cost(row)))
+    cost = ("bytes up", "bytes down", "× less than full model", "time")
+    return Table(("", "adapter", "rounds", "accuracy", *groups, *cost), tuple(rows))
+
+
+def difference_table(runs: Mapping[str, Sequence[Record]]) -> Table:
+    """One row a run, one column for each setting in which the runs differ (`name` and `out` aside).
+
+    Raises:
+        RunFolderError: a journal does not begin with a start line.
+    """
+    configs = {name: history(records).config for name, records in runs.items()}
+    keys = sorted({key for config in configs.values() for key in config} - {"name", "out"})
+    told = {key: [_setting(config, key) for config in configs.values()] for key in keys}
+    unlike = [key for key in keys if len(set(told[key])) > 1]
+    rows = tuple((name, *(told[key][index] for key in unlike)) for index, name in enumerate(configs))
+    return Table(("", *unlike), rows)
+
+
+def failure_table(records: Sequence[Record]) -> Table:
+    """Every client failure: round, site, reason.
+
+    Raises:
+        RunFolderError: the journal does not begin with a start line.
+    """
+    rows = [
+        (str(number), _text(item, "partition"), _text(item, "reason")) for number, item in history(records).failures
+    ]
+    return Table(("round", "site", "reason"), tuple(rows))
+
+
+def settings_table(records: Sequence[Record]) -> Table:
+    """Every setting of the run by its dotted key, in the order of the config.
+
+    Raises:
+        RunFolderError: the journal does not begin with a start line.
+    """
+    config = history(records).config
+    return Table(("setting", "value"), tuple((str(key), _setting(config, key)) for key in config))
+
+
+def render_plain(table: Table) -> str:
+    """Columns padded with spaces under a rule, long headings broken over lines; no colour, no tabs, no last newline."""
+    body = [_line(row) for row in table.rows]
+    cells = [[row[index] for row in body] for index in range(len(table.columns))]
+    headings = [
+        textwrap.wrap(heading, max([_NARROWEST, *map(_width, column)]), break_long_words=False) or [""]
+        for heading, column in zip(table.columns, cells, strict=True)
+    ]
+    widths = [max(map(_width, [*top, *column])) for top, column in zip(headings, cells, strict=True)]
+    tallest = max(map(len, headings))
+    header = zip(*([""] * (tallest - len(lines)) + lines for lines in headings), strict=True)
+    rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([*(_padded(row, widths) for row in header), rule, *(_padded(row, widths) for row in body)])
+
+
+def render_markdown(table: Table) -> str:
+    """A GitHub-flavoured Markdown table; the columns after the first align right."""
+    rule = ("---", *("---:" for _ in table.columns[1:]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (_escaped(table.columns), rule, *map(_escaped, table.rows)))
+
+
+def render_html(table: Table, css_class: str = "numbers") -> str:
+    """A `<table>` whose every text is escaped; the first cell of a row is its heading."""
+    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in table.columns)
+    body = "".join(f"<tr>{_html_cells(row)}</tr>\n" for row in table.rows)
+    return f'<table class="{html.escape(css_class)}"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>\n'
+
+
+def _federation(run: History) -> SummaryRow:
+    evaluation = run.evaluation or {}
+    going = "" if run.end else f", so far ({_rounds_done(run)})"
+    return SummaryRow(
+        name=f"federation{going}",
+        accuracy=evaluation.get("accuracy"),
+        spread=None,
+        groups=_group_accuracy(evaluation),
+        bytes_up=run.bytes_up,
+        bytes_down=run.bytes_down,
+        ratio=run.ratio,
+        seconds=run.seconds,
+    )
+
+
+def _bound(row: Record) -> SummaryRow:
+    evaluation = row.get("evaluation") or {}
+    return SummaryRow(
+        name=_text(row, "name"),
+        accuracy=evaluation.get("accuracy"),
+        spread=row.get("spread"),
+        groups=_group_accuracy(evaluation),
+        bytes_up=None,
+        bytes_down=None,
+        ratio=None,
+        seconds=row.get("seconds"),
+    )
+
+
+def _rounds_done(run: History) -> str:
+    done, planned = len(run.rounds), run.config.get("rounds")
+    return f"round {done} of {planned}" if planned else f"round {done}"
+
+
+def _group_accuracy(evaluation: Record) -> dict[str, float | None]:
+    return {name: group.get("accuracy") for name, group in (evaluation.get("groups") or {}).items()}
+
+
+def _cost(row: SummaryRow) -> tuple[str, str, str, str]:
+    return human_bytes(row.bytes_up), human_bytes(row.bytes_down), times(row.ratio), human_seconds(row.seconds)
+
+
+def _family(run: History) -> str:
+    return _text(run.start.get("adapter") or {}, "family")
+
+
+def _text(record: Record, key: str) -> str:
+    value: Any = record.get(key)
+    return NOTHING if value is None else str(value)
+
+
+def _setting(config: Record, key: str) -> str:
+    value = config.get(key)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return NOTHING if value is None or value == "" else str(value)
+
+
+def _line(row: Sequence[str]) -> list[str]:
+    return [" ".join(cell.split()) for cell in row]
+
+
+def _escaped(row: Sequence[str]) -> list[str]:
+    return [html.escape(cell, quote=False).replace("\\", "\\\\").replace("|", "\\|") for cell in _line(row)]
+
+
+def _width(text: str) -> int:
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return len(text) + wide - sum(unicodedata.combining(letter) > 0 for letter in text)
+
+
+def _padded(row: Sequence[str], widths: Sequence[int]) -> str:
+    first, *rest = (
+        (" " * (width - _width(cell)) + cell) if index else cell + " " * (width - _width(cell))
+        for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+    )
+    return "  ".join([first, *rest]).rstrip()
+
+
+def _html_cells(row: Sequence[str]) -> str:
+    first, *rest = map(html.escape, row)
+    return f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest)

@@ -1,0 +1,281 @@
+"""One round, and a run of them: the same for every engine."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedpeft.adapters import AdapterSpec, AdapterState
+from fedpeft.errors import FedPeftError, QuorumError, sentence
+from fedpeft.randomness import rng
+from fedpeft.strategy import Strategy
+from fedpeft.updates import ServerState, Update
+from fedpeft.wire import (
+    Failure,
+    Packet,
+    Session,
+    Transport,
+    evaluate_request,
+    fit_request,
+    read_metrics,
+    read_update,
+    require_manifest,
+)
+
+Record = dict[str, Any]
+Evaluate = Callable[[AdapterState], Record]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the round loop needs to know of a run's settings.
+
+    `quorum` is the least number of usable updates. The server scores the adapter every `evaluate_every` rounds
+    (0: only at the end); after `patience` scores in a row that do not better `metric` the run stops (0: never).
+    `metric_sign` is 1 where more is better, -1 where less is.
+    """
+
+    session: Session
+    rounds: int
+    cohort: int
+    quorum: int
+    deadline_seconds: float
+    evaluate_every: int
+    evaluate_on_clients: bool
+    metric: str
+    metric_sign: int
+    patience: int
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Who is told what happens: `packet` after each reply of a round, `round` after each round is settled."""
+
+    packet: Callable[[int, int, bool], None]
+    round: Callable[[Record, ServerState], None]
+
+
+@dataclass
+class _Collected:
+    """What the replies of one round tell the journal, gathered as they come."""
+
+    clients: list[Record]
+    failures: list[Record]
+
+
+def cohort_of(state: ServerState, available: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """The partitions that train in the round after `state`: `size` of those available, drawn without repeats."""
+    order = rng(state.seed, state.round + 1, "cohort").permutation(len(available))
+    return tuple(sorted(available[i] for i in order[:size]))
+
+
+def step(
+    strategy: Strategy, plan: Plan, state: ServerState, transport: Transport, observer: Observer
+) -> tuple[ServerState, Record]:
+    """The state after one more round, and the round's journal record (less its evaluation).
+
+    Raises:
+        QuorumError: fewer usable updates than the plan's quorum came back in time.
+    """
+    started = time.perf_counter()
+    cohort = cohort_of(state, transport.partitions(), plan.cohort)
+    request = fit_request(strategy, state, plan.session)
+    seen = _Collected([], [])
+    waited = [0.0]
+    replies = _timed(transport.exchange(dict.fromkeys(cohort, request), plan.deadline_seconds), waited)
+    updates = _updates(strategy, plan, state, in_order(replies, cohort), seen, observer)
+    after, measures = _aggregate(strategy, plan, state, updates, seen)
+    total = time.perf_counter() - started
+    for client in seen.clients:
+        client["bytes_down"] = request.size_bytes
+    examples = sum(client["examples"] for client in seen.clients)
+    record: Record = {
+        "event": "round",
+        "round": after.round,
+        "cohort": list(cohort),
+        "clients": seen.clients,
+        "failures": seen.failures,
+        "loss": sum(client["loss"] * client["examples"] for client in seen.clients) / examples,
+        "learning_rate": seen.clients[0].get("learning_rate"),
+        "bytes_up": sum(client["bytes_up"] for client in seen.clients),
+        "bytes_down": request.size_bytes * len(cohort),
+        "seconds": {"total": total, "exchange": waited[0], "merge": total - waited[0], "evaluate": 0.0},
+        "evaluation": None,
+        "client_evaluation": None,
+        **measures,
+    }
+    return after, record
+
+
+def run(
+    strategy: Strategy, plan: Plan, state: ServerState, transport: Transport, evaluate: Evaluate, observer: Observer
+) -> tuple[ServerState, str]:
+    """The state after the last round and why it was the last: `completed` or `early`."""
+    while state.round < plan.rounds:
+        if _exhausted(plan, state):
+            return state, "early"
+        state, record = step(strategy, plan, state, transport, observer)
+        started = time.perf_counter()
+        if _due(plan, state.round):
+            record["evaluation"] = evaluate(strategy.finalize(state))
+            state = _watch(plan, state, record["evaluation"][plan.metric])
+        if plan.evaluate_on_clients:
+            record["client_evaluation"] = evaluate_on_clients(strategy, plan, state, transport, tuple(record["cohort"]))
+        record["seconds"]["evaluate"] = time.perf_counter() - started
+        record["seconds"]["total"] += record["seconds"]["evaluate"]
+        observer.round(record, state)
+    return state, "completed"
+
+
+def evaluate_on_clients(
+    strategy: Strategy, plan: Plan, state: ServerState, transport: Transport, partitions: Iterable[int]
+) -> Record | None:
+    """The mean of the clients' own figures, weighed by their rows; None where none answered."""
+    request = evaluate_request(strategy, state, plan.session)
+    answers = []
+    for partition, reply in transport.exchange(dict.fromkeys(partitions, request), plan.deadline_seconds):
+        expected = {**plan.session.manifest(state.round), "partition": partition}
+        try:
+            if isinstance(reply, Failure):
+                continue
+            require_manifest(reply, "evaluation", expected)
+            answers.append((partition, read_metrics(reply, f"evaluation of partition {partition}")))
+        except FedPeftError:
+            continue
+    rows = sum(figures["rows"] for _, figures in answers)
+    if not rows:
+        return None
+    names = [name for name in sorted(answers[0][1]) if name != "rows"]
+    ordered = [figures for _, figures in sorted(answers)]
+    means = {name: sum(figures[name] * figures["rows"] for figures in ordered) / rows for name in names}
+    return {**means, "rows": int(rows), "groups": {}}
+
+
+def in_order(
+    replies: Iterable[tuple[int, Packet | Failure]], cohort: tuple[int, ...]
+) -> Iterator[tuple[int, Packet | Failure]]:
+    """The replies in order of partition, each as soon as all before it are in.
+
+    Floating-point sums depend on their order; so the order of arrival must not decide it. A partition that
+    never answers is a failure; one that is not in the cohort, or answers twice, is passed over.
+    """
+    waiting: dict[int, Packet | Failure] = {}
+    expected = list(cohort)
+    for partition, reply in replies:
+        waiting.setdefault(partition, reply)
+        while expected and expected[0] in waiting:
+            first = expected.pop(0)
+            yield first, waiting[first]
+            waiting[first] = Failure("answered already")
+    for partition in expected:
+        yield partition, waiting.get(partition, Failure("no answer within the deadline"))
+
+
+def _updates(
+    strategy: Strategy,
+    plan: Plan,
+    state: ServerState,
+    replies: Iterable[tuple[int, Packet | Failure]],
+    seen: _Collected,
+    observer: Observer,
+) -> Iterator[Update]:
+    """The usable updates among `replies`; every other reply becomes a failure on record."""
+    spec = strategy.stage.shared(state.adapter.spec)
+    for partition, reply in replies:
+        update = _usable(strategy, plan, state, spec, partition, reply)
+        if isinstance(update, Update) and isinstance(reply, Packet):
+            seen.clients.append(_client_record(partition, reply, update))
+            observer.packet(state.round + 1, partition, True)
+            yield update
+        elif isinstance(update, Failure):
+            seen.failures.append({"partition": partition, "reason": update.reason})
+            observer.packet(state.round + 1, partition, False)
+
+
+def _usable(
+    strategy: Strategy, plan: Plan, state: ServerState, spec: AdapterSpec, partition: int, reply: Packet | Failure
+) -> Update | Failure:
+    if isinstance(reply, Failure):
+        return reply
+    if reply.kind == "failure":
+        return Failure(str(reply.manifest.get("reason", "the node gave no reason"))[:500])
+    expected = {**plan.session.manifest(state.round + 1), "partition": partition}
+    try:
+        return read_update(reply, strategy, spec, expected)
+    except FedPeftError as error:
+        return Failure(str(error))
+
+
+def _client_record(partition: int, reply: Packet, update: Update) -> Record:
+    return {
+        "partition": partition,
+        "examples": update.examples,
+        "tokens": update.tokens,
+        "bytes_up": reply.size_bytes,
+        "loss": math.nan,
+        **update.metrics,
+    }
+
+
+def _aggregate(
+    strategy: Strategy, plan: Plan, state: ServerState, updates: Iterator[Update], seen: _Collected
+) -> tuple[ServerState, Mapping[str, float]]:
+    """Merges `updates` while they come; the quorum is judged before anything reaches the state."""
+    first = next(updates, None)
+    if first is None:
+        _require_quorum(plan, state, seen)
+        raise QuorumError("round: expected at least one usable update, found none; check the nodes.")
+
+    def all_updates() -> Iterator[Update]:
+        yield first
+        yield from updates
+
+    after, measures = strategy.aggregate(state, all_updates())
+    _require_quorum(plan, state, seen)
+    return after, measures
+
+
+def _require_quorum(plan: Plan, state: ServerState, seen: _Collected) -> None:
+    quorum = plan.quorum or plan.cohort
+    if len(seen.clients) >= quorum:
+        return
+    reasons = "; ".join(f"partition {item['partition']}: {item['reason']}" for item in seen.failures[:3])
+    raise QuorumError(
+        sentence(
+            f"round {state.round + 1}",
+            expected=f"at least {quorum} usable updates",
+            found=f"{len(seen.clients)} ({reasons or 'no node answered'})",
+            remedy="mend the nodes and run again with --resume, or lower federation.quorum",
+        )
+    )
+
+
+def _timed(replies: Iterator[Any], waited: list[float]) -> Iterator[Any]:
+    """`replies`, with the seconds spent waiting for them added to `waited[0]`."""
+    while True:
+        started = time.perf_counter()
+        item = next(replies, None)
+        waited[0] += time.perf_counter() - started
+        if item is None:
+            return
+        yield item
+
+
+def _due(plan: Plan, round_: int) -> bool:
+    return round_ == plan.rounds or (plan.evaluate_every > 0 and round_ % plan.evaluate_every == 0)
+
+
+def _watch(plan: Plan, state: ServerState, value: float) -> ServerState:
+    """The state with early stopping's memory brought up to date."""
+    score = plan.metric_sign * value
+    better = score > state.progress.get("best", -math.inf)
+    since = 0.0 if better else state.progress.get("since", 0.0) + 1
+    best = score if better else state.progress["best"]
+    return replace(state, progress={"best": best, "since": since})
+
+
+def _exhausted(plan: Plan, state: ServerState) -> bool:
+    return plan.patience > 0 and state.progress.get("since", 0.0) >= plan.patience

@@ -1,0 +1,127 @@
+"""Run folders: where everything about one run is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedpeft.config import RunConfig, digest, load, override, to_toml
+from fedpeft.errors import ConfigError, RunFolderError, sentence
+from fedpeft.files import write_atomically
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The settings as resolved."""
+        return self.root / "config.toml"
+
+    @property
+    def journal(self) -> Path:
+        """One JSON line for the start, each round, the bounds and the end."""
+        return self.root / "journal.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The server's last states."""
+        return self.root / "checkpoint"
+
+    @property
+    def memories(self) -> Path:
+        """What simulated clients keep between rounds."""
+        return self.root / "memories"
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter that a user deploys."""
+        return self.root / "adapter"
+
+
+def folder_for(config: RunConfig) -> RunFolder:
+    """The folder that the settings name, which must not hold anything yet.
+
+    Raises:
+        RunFolderError: it exists and is not empty.
+    """
+    root = Path(config.out or Path("runs") / config.name).absolute()
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise RunFolderError(
+            sentence(
+                str(root),
+                expected="no such folder yet, or an empty one",
+                found="something there",
+                remedy=f"choose another with --set out=DIR, continue it with --resume {root}, or remove it",
+            )
+        )
+    return RunFolder(root)
+
+
+def create(folder: RunFolder, config: RunConfig) -> None:
+    """The folder exists and holds the settings as resolved.
+
+    Raises:
+        RunFolderError: it cannot be written.
+    """
+    try:
+        write_atomically(folder.config, to_toml(config).encode())
+    except OSError as error:
+        raise RunFolderError(
+            sentence(
+                str(folder.root), expected="a folder that can be written", found=str(error), remedy="choose another"
+            )
+        ) from error
+
+
+def reopen(root: Path, overrides: list[str]) -> tuple[RunFolder, RunConfig]:
+    """The folder of an earlier run and its settings; overrides may change only what cannot change the result.
+
+    Raises:
+        RunFolderError: there is no run in `root`.
+        ConfigError: an override would make it another run.
+    """
+    folder = RunFolder(root.absolute())
+    if not folder.config.exists():
+        raise RunFolderError(
+            sentence(str(root), expected="a run folder with config.toml", found="none", remedy="check the path")
+        )
+    stored = load(folder.config)
+    config = override(stored, [*overrides, f"out={folder.root}"])
+    if digest(config) != digest(stored):
+        raise ConfigError(
+            sentence(
+                "--set with --resume",
+                expected="only evaluation.*, compute.* or model.device",
+                found=", ".join(overrides),
+                remedy="start a new run for other settings",
+            )
+        )
+    return folder, config
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """`folder` holds what `fill` wrote, or, if that failed, what it held before.
+
+    Raises:
+        RunFolderError: the disk is full or not writable.
+    """
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        fill(scratch)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(scratch, folder)
+    except OSError as error:
+        raise RunFolderError(
+            sentence(str(folder), expected="room to write it", found=str(error), remedy="free disk space")
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,105 @@
+"""A federated algorithm as plain functions, and the law of what may go with what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from fedpeft.adapters import AdapterSpec, AdapterState, norm
+from fedpeft.codecs import Codec
+from fedpeft.errors import PlanError
+from fedpeft.merges import Merge
+from fedpeft.optimizers import Optimizer
+from fedpeft.stages import Stage
+from fedpeft.updates import ServerState, Update
+
+
+class Strategy(NamedTuple):
+    """What the server does with a round, and the parts that clients share with it.
+
+    `init(run, seed, adapter)` is the state before round 1. `aggregate(state, updates)` is the state after a
+    round and figures about it; updates are taken one by one, as they come, and an adapter that is not finite is
+    an AdapterError. `finalize(state)` is the adapter
+    that a user deploys. `stage` and `codec` are the halves that clients run too.
+    """
+
+    stage: Stage
+    codec: Codec
+    init: Callable[[str, int, AdapterState], ServerState]
+    aggregate: Callable[[ServerState, Iterable[Update]], tuple[ServerState, Mapping[str, float]]]
+    finalize: Callable[[ServerState], AdapterState]
+
+
+class Law(NamedTuple):
+    """A reason why a plan cannot run: `broken(stage, codec, merge, spec)` is the sentence, or empty."""
+
+    name: str
+    broken: Callable[[Stage, Codec, Merge, AdapterSpec], str]
+
+
+def build(stage: Stage, codec: Codec, merge: Merge, optimizer: Optimizer) -> Strategy:
+    """The strategy that merges what `stage` lets through and moves the adapter with `optimizer`."""
+
+    def init(run: str, seed: int, adapter: AdapterState) -> ServerState:
+        return ServerState(
+            run=run, round=0, seed=seed, adapter=adapter, optimizer=optimizer.init(stage.shared(adapter.spec))
+        )
+
+    def aggregate(state: ServerState, updates: Iterable[Update]) -> tuple[ServerState, Mapping[str, float]]:
+        fold = merge.init(stage.shared(state.adapter.spec))
+        for update in updates:
+            fold = merge.add(fold, update)
+        delta, measures = merge.finish(fold)
+        delta = stage.server(delta)
+        with np.errstate(over="ignore"):  # an adapter beyond float32 is refused below, in words
+            moments, tensors = optimizer.apply(state.optimizer, state.adapter.tensors, delta)
+        state.adapter.spec.require(tensors, f"adapter after round {state.round + 1}")
+        adapter = replace(state.adapter, tensors=tensors)
+        after = replace(state, round=state.round + 1, adapter=adapter, optimizer=moments)
+        return after, {"update_norm": norm(delta), **measures}
+
+    return Strategy(stage, codec, init, aggregate, lambda state: state.adapter)
+
+
+def check(stage: Stage, codec: Codec, merge: Merge, spec: AdapterSpec) -> None:
+    """Raises PlanError, naming the two choices that clash, if the plan breaks one of `LAWS`."""
+    for law in LAWS:
+        sentence = law.broken(stage, codec, merge, spec)
+        if sentence:
+            raise PlanError(sentence)
+
+
+def _frozen_and_local(stage: Stage, codec: Codec, merge: Merge, spec: AdapterSpec) -> str:  # noqa: ARG001
+    both = sorted(set(stage.frozen(spec)) & set(stage.local(spec)))
+    if not both:
+        return ""
+    return (
+        f"aggregation.stages: expected each tensor either frozen or local, found {both[0]} in both; "
+        "a frozen tensor is not trained, so drop it from one of the two lists."
+    )
+
+
+def _nothing_trained(stage: Stage, codec: Codec, merge: Merge, spec: AdapterSpec) -> str:  # noqa: ARG001
+    if set(stage.frozen(spec)) != set(spec.shapes):
+        return ""
+    return "aggregation.stages.frozen: expected some tensor left to train, found all frozen; shorten the list."
+
+
+def _nothing_shared(stage: Stage, codec: Codec, merge: Merge, spec: AdapterSpec) -> str:  # noqa: ARG001
+    if stage.shared(spec).shapes:
+        return ""
+    return (
+        "aggregation.stages: expected some tensor left to share, found every one frozen or local; "
+        "shorten the lists, or train each site alone."
+    )
+
+
+LAWS = (
+    Law("a tensor is frozen or local, never both", _frozen_and_local),
+    Law("something is trained", _nothing_trained),
+    Law("something is shared", _nothing_shared),
+)
+"""Every reason why a plan is refused before its first round."""

@@ -1,0 +1,290 @@
+"""Local training and evaluation of an adapter on one site's examples."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedpeft.adapters import AdapterSpec, AdapterState
+from fedpeft.client import FitJob, Fitted
+from fedpeft.config.training import TrainingConfig
+from fedpeft.errors import DataError, FederationError, sentence
+from fedpeft.models import AdaptedModel, extract, install
+from fedpeft.randomness import derive_seed, rng
+from fedpeft.tasks import Example, Task
+
+_WINDOW_BATCHES = 8
+"""Texts of like length are sought within this many batches of the shuffled rows."""
+
+
+@dataclass(frozen=True)
+class TorchLearner:
+    """A site's model, task and examples; implements `fedpeft.client.Learner`.
+
+    `rounds` is the length of the run, over which the learning rate is scheduled. The model may be shared by
+    the learners of one process: each fit and each evaluation first installs the adapter that it is given.
+    """
+
+    adapted: AdaptedModel
+    task: Task
+    examples: tuple[Example, ...]
+    settings: TrainingConfig
+    seed: int
+    rounds: int
+    evaluation_batch_size: int
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """The specification of the adapter that this learner trains."""
+        return self.adapted.spec
+
+    def fit(self, adapter: AdapterState, job: FitJob) -> Fitted:
+        """Trains from `adapter` for the settings' number of steps.
+
+        Raises:
+            FederationError: the loss is not finite.
+        """
+        return fit(self, adapter, job)
+
+    def evaluate(self, adapter: AdapterState) -> Mapping[str, float]:
+        """Figures of `adapter` on all of this site's examples."""
+        install(self.adapted, adapter)
+        found = evaluate(self.adapted, self.task, self.examples, self.evaluation_batch_size)
+        return {key: value for key, value in found.items() if key != "groups"}
+
+
+@dataclass
+class _Seen:
+    """Sums over the micro-batches of one fit."""
+
+    examples: int = 0
+    tokens: int = 0
+    losses: list[torch.Tensor] = field(default_factory=list)
+
+
+def fit(learner: TorchLearner, adapter: AdapterState, job: FitJob) -> Fitted:
+    """AdamW on the adapter for `settings.steps` steps; the base does not move.
+
+    Source: FedProx (Li et al. 2020, "Federated Optimization in Heterogeneous Networks", eq. 2) where
+    `settings.proximal` is above 0, as a gradient term beside AdamW.
+    """
+    settings, adapted = learner.settings, learner.adapted
+    install(adapted, adapter)
+    before = extract(adapted).tensors
+    parameters = {key: adapted.bindings[key].parameter for key in adapted.spec.shapes if key not in job.frozen}
+    optimizer = torch.optim.AdamW(_groups(parameters, learner), weight_decay=settings.weight_decay)
+    scaler = torch.amp.GradScaler(adapted.device.type, enabled=adapted.precision == torch.float16)
+    anchors = [parameter.detach().clone() for parameter in parameters.values()] if settings.proximal else []
+    batches = batches_from(learner.examples, settings.batch_size, learner.seed, job.partition, job.position)
+    seen = _Seen()
+    first_step = (job.round - 1) * settings.steps
+    adapted.model.train()
+    with _only(adapted, parameters), _randomness(learner.seed, job):
+        for step in range(first_step, first_step + settings.steps):
+            rate = learning_rate_factor(settings, step, learner.rounds * settings.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+            _accumulate(learner, batches, scaler, seen)
+            _finish_step(list(parameters.values()), anchors, optimizer, scaler, settings)
+    return Fitted(
+        before=before,
+        after=extract(adapted).tensors,
+        examples=seen.examples,
+        tokens=seen.tokens,
+        position=job.position + settings.steps * settings.accumulation,
+        metrics={"loss": _mean_loss(seen, job), "learning_rate": settings.learning_rate * rate},
+    )
+
+
+def evaluate(adapted: AdaptedModel, task: Task, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
+    """Figures over all examples, and under `groups` over those of each natural group.
+
+    Raises:
+        DataError: there are no examples.
+    """
+    if not examples:
+        raise DataError(
+            sentence("evaluation", expected="at least one row", found="none", remedy="raise data.test_fraction")
+        )
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
+    losses, predicted = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
+    adapted.model.eval()
+    pad = int(adapted.tokenizer.pad_token_id)
+    with torch.inference_mode(), _autocast(adapted):
+        for start in range(0, len(order), batch_size):
+            at = order[start : start + batch_size]
+            batch = task.collate([examples[i] for i in at], pad, adapted.device)
+            losses[at], predicted[at] = task.score(adapted.model, batch)
+    labels = np.array([example.label for example in examples])
+    groups = np.array([example.group for example in examples])
+    found: dict[str, Any] = dict(task.figures(losses, predicted, labels))
+    names = sorted({name for name in groups.tolist() if name})
+    found["groups"] = {
+        name: task.figures(losses[at], predicted[at], labels[at]) for name in names for at in [groups == name]
+    }
+    return found
+
+
+def fit_memory_bytes(learner: TorchLearner) -> int:
+    """Bytes that training adds to the base.
+
+    They are the adapter, its gradient and AdamW's two moments, and what one batch of the learner's longest
+    texts keeps for the backward pass (measured, by a forward pass of such a batch).
+    """
+    adapted = learner.adapted
+    longest = sorted(learner.examples, key=lambda example: -len(example.tokens))[: learner.settings.batch_size]
+    batch = learner.task.collate(longest, int(adapted.tokenizer.pad_token_id), adapted.device)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in adapted.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    adapted.model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _autocast(adapted):
+        loss = learner.task.loss(adapted.model, batch)
+    del loss
+    return 16 * adapted.spec.parameters + sum(kept.values())
+
+
+def learning_rate_factor(settings: TrainingConfig, step: int, steps: int) -> float:
+    """The learning rate over its peak at `step` (from 0) of `steps`: linear warm-up, then half a cosine.
+
+    Source: Loshchilov and Hutter 2017, "SGDR", eq. 5, without restarts, over the steps of the whole run.
+    """
+    warmup = round(settings.warmup_fraction * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return settings.final_fraction + (1 - settings.final_fraction) * cosine
+
+
+def batches_from(
+    examples: Sequence[Example], batch_size: int, seed: int, partition: int, position: int
+) -> Iterator[list[Example]]:
+    """Batches without end, from the one numbered `position` on.
+
+    Every epoch goes through all examples in a new order; a batch holds texts of like length.
+    """
+    per_epoch = math.ceil(len(examples) / batch_size)
+    epoch, skipped = divmod(position, per_epoch)
+    while True:
+        for batch in _epoch(examples, batch_size, rng(seed, partition, epoch, "batches"))[skipped:]:
+            yield [examples[i] for i in batch]
+        epoch, skipped = epoch + 1, 0
+
+
+def _epoch(examples: Sequence[Example], batch_size: int, random: np.random.Generator) -> list[np.ndarray]:
+    order = random.permutation(len(examples))
+    lengths = np.array([len(examples[i].tokens) for i in order])
+    window = _WINDOW_BATCHES * batch_size
+    starts = range(0, len(order), window)
+    order = np.concatenate([order[s : s + window][np.argsort(lengths[s : s + window], kind="stable")] for s in starts])
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+def _accumulate(
+    learner: TorchLearner, batches: Iterator[list[Example]], scaler: torch.amp.GradScaler, seen: _Seen
+) -> None:
+    """Adds the gradients of one optimiser step, the mean over its micro-batches."""
+    adapted, accumulation = learner.adapted, learner.settings.accumulation
+    pad = int(adapted.tokenizer.pad_token_id)
+    for _ in range(accumulation):
+        examples = next(batches)
+        batch = learner.task.collate(examples, pad, adapted.device)
+        with _autocast(adapted):
+            loss = learner.task.loss(adapted.model, batch)
+        torch.autograd.backward(scaler.scale(loss / accumulation))
+        seen.examples += len(examples)
+        seen.tokens += sum(len(example.tokens) for example in examples)
+        seen.losses.append(loss.detach())
+
+
+def _finish_step(
+    parameters: Sequence[nn.Parameter],
+    anchors: Sequence[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    settings: TrainingConfig,
+) -> None:
+    scaler.unscale_(optimizer)
+    for parameter, anchor in zip(parameters, anchors, strict=False):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - anchor, alpha=settings.proximal)
+    if settings.max_gradient_norm:
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _mean_loss(seen: _Seen, job: FitJob) -> float:
+    losses = torch.stack(seen.losses).double().cpu().numpy()
+    if not np.isfinite(losses).all():
+        raise FederationError(
+            sentence(
+                f"training, round {job.round}, partition {job.partition}",
+                expected="a finite loss",
+                found=f"{losses[~np.isfinite(losses)][0]}",
+                remedy="lower training.learning_rate",
+            )
+        )
+    return float(losses.mean())
+
+
+def _groups(parameters: Mapping[str, nn.Parameter], learner: TorchLearner) -> list[dict[str, Any]]:
+    """Parameter groups of the adapter and of tensors trained whole (the head), each with its peak rate."""
+    settings = learner.settings
+    whole = {
+        f"{module.path}.{name}" for module in learner.spec.modules if module.kind == "full" for name, _ in module.shapes
+    }
+    head_rate = settings.head_learning_rate or settings.learning_rate
+    groups = [
+        ([p for key, p in parameters.items() if key not in whole], settings.learning_rate),
+        ([p for key, p in parameters.items() if key in whole], head_rate),
+    ]
+    return [{"params": found, "lr": rate, "peak": rate} for found, rate in groups if found]
+
+
+def use_threads(threads: int) -> None:
+    """Torch computes with this many threads from now on; 0 leaves its own choice."""
+    if threads:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _only(adapted: AdaptedModel, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Inside, no tensor of the adapter but `parameters` takes a gradient."""
+    others = [binding.parameter for key, binding in adapted.bindings.items() if key not in parameters]
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _randomness(seed: int, job: FitJob) -> Iterator[None]:
+    """Torch's global generator (dropout draws from it) stands at this job's own seed inside."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, job.round, job.partition, "dropout"))
+        yield
+
+
+def _autocast(adapted: AdaptedModel) -> Any:
+    enabled = adapted.precision != torch.float32
+    return torch.autocast(adapted.device.type, dtype=adapted.precision if enabled else None, enabled=enabled)

@@ -1,0 +1,162 @@
+"""Plots: drawn for every shape of journal, readable as SVG, without a colliding id or anything from elsewhere."""
+
+from __future__ import annotations
+
+import re
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+from fedpeft.errors import FedPeftError
+from fedpeft.report.drawing import Plot, inline_svg, label, write_picture
+from fedpeft.report.history import history
+from fedpeft.report.plots import accuracy_plot, comparison_plots, drift_plot, group_accuracy_plot, plots
+from fedpeft.report.sites import participation_plot, partition_picture
+
+WHOLE = {
+    "accuracy", "group-accuracy", "loss", "drift", "bytes", "bytes-total", "partitions", "participation"
+}  # fmt: skip
+
+
+def bars(figure):
+    """(left, width) of every bar of the first panel."""
+    return [(patch.get_x(), patch.get_width()) for patch in figure.axes[0].patches]
+
+
+def named(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_a_whole_run_shows_every_plot(records):
+    assert {plot.name for plot in plots(records)} == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("shape", "missing"),
+    [
+        ({"rounds": 0, "bounds": False, "ended": False}, WHOLE - {"partitions"}),
+        ({"grouped": False}, {"group-accuracy"}),
+        ({"evaluated": False, "bounds": False}, {"accuracy", "group-accuracy"}),
+    ],
+)
+def test_what_was_not_measured_is_not_drawn(tell, shape, missing):
+    assert {plot.name for plot in plots(tell(**shape))} == WHOLE - missing
+
+
+def test_every_shape_of_journal_draws_well_formed_svg_with_ids_of_its_own(any_records):
+    drawn = [inline_svg(plot) for plot in plots(any_records)]
+    ids = [found for svg in drawn for found in re.findall(r'\bid="([^"]+)"', svg)]
+    assert len(ids) == len(set(ids))
+    for svg in drawn:
+        root = ElementTree.fromstring(svg)
+        targets = re.findall(r'(?:url\(|href=")#([^")]+)', svg)
+        assert root.tag == "svg"
+        assert set(targets) <= set(ids)
+        assert "http" not in svg
+        assert "<style" not in svg
+
+
+def test_the_same_journal_draws_the_same_svg(records):
+    assert list(map(inline_svg, plots(records))) == list(map(inline_svg, plots(records)))
+
+
+def test_accuracy_is_drawn_as_measured_with_a_line_for_each_bound(records):
+    run = history(records)
+    curve, *bounds = accuracy_plot(run).figure.axes[0].lines
+    assert list(curve.get_xdata()) == list(range(1, 11))
+    assert list(curve.get_ydata()) == [record["evaluation"]["accuracy"] for record in run.rounds]
+    assert [line.get_ydata()[0] for line in bounds] == [0.602, 0.587, 0.741]
+    assert named(accuracy_plot(run).figure)[-1] == "pooled data: 74.1 %"
+
+
+def test_a_null_leaves_a_gap_and_no_warning(tell):
+    records = tell(rounds=3, bounds=False, ended=False)
+    records[2] = {**records[2], "drift": None, "update_norm": None, "loss": None}
+    drift = drift_plot(history(records)).figure.axes[1].lines[0].get_ydata()
+    assert [value == value for value in drift] == [True, False, True]
+    assert all(inline_svg(plot) for plot in plots(records))
+
+
+def test_a_site_bar_is_as_long_as_its_rows_and_groups_stand_together(records):
+    partitions = records[0]["partitions"]
+    figure = partition_picture(partitions, records[0]["labels"])
+    axes = figure.axes[0]
+    assert sum(width for _, width in bars(figure)) == sum(partition["rows"] for partition in partitions)
+    assert [int(text.get_text()) for text in axes.get_yticklabels()] == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
+    assert [text.get_text() for text in axes.texts] == ["films", "microblog", "newspaper", "shops"]
+    assert named(figure) == ["negative", "neutral", "positive"]
+
+
+def test_sites_that_mix_groups_get_a_second_panel(tell):
+    start = tell(mixed=True)[0]
+    figure = partition_picture(start["partitions"], start["labels"])
+    assert len(figure.axes) == 2
+    assert named(figure)[3:] == ["films", "microblog", "newspaper", "shops"]
+
+
+def test_many_labels_are_drawn_as_the_most_frequent_and_the_others():
+    counts = {f"label {number}": number + 1 for number in range(77)}
+    figure = partition_picture([{"partition": 0, "rows": 3003, "labels": counts, "groups": {}}], list(counts))
+    assert named(figure)[-1] == "others"
+    assert len(named(figure)) == 10
+    assert sum(width for _, width in bars(figure)) == 3003
+
+
+@pytest.mark.parametrize("partitions", [[], [{"partition": 0, "rows": 0, "labels": {}, "groups": {}}]])
+def test_a_picture_of_nothing_is_still_a_picture(partitions, tmp_path):
+    write_picture(partition_picture(partitions, []), tmp_path / "who.png")
+    assert (tmp_path / "who.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_failures_are_marked_where_they_fell(records):
+    answered, failed = participation_plot(history(records)).figure.axes[0].lines
+    assert len(answered.get_xdata()) == 58
+    assert list(zip(failed.get_xdata(), failed.get_ydata(), strict=True)) == [(3, 2), (6, 3)]
+
+
+def test_runs_are_compared_over_rounds_and_over_bytes(tell):
+    runs = {"short": tell(rounds=2), "long": tell(rounds=5), "blind": tell(evaluated=False, bounds=False)}
+    over_rounds, over_bytes = comparison_plots(runs)
+    assert [len(line.get_xdata()) for line in over_rounds.figure.axes[0].lines] == [2, 5]
+    assert over_bytes.figure.axes[0].lines[0].get_xdata()[0] == 6 * (593_400 + 593_700)
+    assert comparison_plots({"blind": runs["blind"]}) == []
+
+
+@pytest.mark.parametrize("name", ["$x_{$", "_hidden", "影評", "<b>&\"'", "a\nb\x00\x0b", "x" * 200, "\ud800", ""])
+def test_any_name_can_be_drawn(name, records):
+    partitions = [{**partition, "groups": {name: partition["rows"]}} for partition in records[0]["partitions"]]
+    rounds = [
+        {**record, "evaluation": {**record["evaluation"], "groups": {name: record["evaluation"]}}}
+        for record in records[1:4]
+    ]
+    drawn = [Plot("sites", name, name, partition_picture(partitions, [name]))]
+    drawn.append(group_accuracy_plot(history([records[0], *rounds])))
+    for plot in drawn:
+        ElementTree.fromstring(inline_svg(plot))
+
+
+def test_a_label_is_one_short_line():
+    assert label("a \n b\tc") == "a b c"
+    assert label("x" * 50, 10) == "xxxxxxxxx…"
+
+
+@pytest.mark.parametrize(("ending", "opening"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
+def test_a_picture_is_written_in_the_format_of_its_name_and_always_alike(ending, opening, records, tmp_path):
+    paths = [tmp_path / f"{number}{ending}" for number in range(2)]
+    for path in paths:
+        write_picture(partition_picture(records[0]["partitions"], records[0]["labels"]), path)
+    first, second = (path.read_bytes() for path in paths)
+    assert first.startswith(opening)
+    assert first == second
+
+
+def test_another_picture_format_is_refused_in_one_sentence(records, tmp_path):
+    with pytest.raises(FedPeftError, match=r"who\.gif: expected a name that ends with \.png, \.svg, \.pdf"):
+        write_picture(partition_picture(records[0]["partitions"], []), tmp_path / "who.gif")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_drawing_needs_no_pyplot(records):
+    plots(records)
+    assert "matplotlib.pyplot" not in sys.modules

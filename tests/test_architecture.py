@@ -1,0 +1,274 @@
+"""Who may import whom: the design's table as data, held against the source of every module."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("fedpeft", "clients", "server", "simulations")
+MOST_LINES = 400
+
+GROUND = {"errors", "version", "randomness", "files"}
+ADAPTERS = GROUND | {"adapters"}
+UPDATES = ADAPTERS | {"updates"}
+MECHANISMS = {"stages", "codecs", "merges", "privacy", "optimizers"}
+CONFIG = UPDATES | MECHANISMS | {"config"}
+STRATEGY = CONFIG | {"strategy"}
+WIRE = STRATEGY | {"wire"}
+RECORDS = {"memory", "checkpoint", "journal"}
+TORCH = {"models", "tasks", "training"}
+FEDERATION = WIRE | RECORDS | {"client", "rounds"}
+EDGES = FEDERATION | TORCH | {"assets", "data"}
+COMPOSED = EDGES | {"experiment", "bounds", "runs", "report"}
+
+# Each room of fedpeft, and the other rooms that it may import.
+ROOMS: dict[str, set[str]] = {
+    "errors": set(),
+    "version": set(),
+    "randomness": set(),
+    "files": {"errors"},
+    "adapters": GROUND,
+    "updates": ADAPTERS,
+    **dict.fromkeys(sorted(MECHANISMS), UPDATES),
+    "config": UPDATES | MECHANISMS,
+    "strategy": CONFIG,
+    "wire": STRATEGY,
+    "memory": UPDATES,
+    "checkpoint": UPDATES,
+    "journal": UPDATES,
+    "client": WIRE | {"memory"},
+    "rounds": WIRE | RECORDS,
+    "assets": GROUND,
+    "data": GROUND | {"config", "assets"},
+    "models": ADAPTERS | {"config", "assets"},
+    "tasks": ADAPTERS | {"config", "data"},
+    "training": WIRE | {"client", "data", "models", "tasks"},
+    "experiment": EDGES,
+    "bounds": EDGES | {"experiment"},
+    "runs": GROUND | {"config"},
+    "report": GROUND | {"config", "journal"},
+    "federate": COMPOSED,
+    "engines": COMPOSED | {"federate"},
+    "progress": GROUND | {"federate", "report"},
+    "commands": COMPOSED | {"federate", "engines", "progress"},
+    "cli": GROUND | {"assets", "commands"},
+}
+
+# Where each library lives: a room, or a pattern over a module's path inside fedpeft; "*" is everywhere.
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "numpy": ("*",),
+    "torch": ("models", "tasks", "training"),
+    "transformers": ("models", "tasks"),
+    "peft": ("models",),
+    "safetensors": ("files", "models"),
+    "gguf": ("assets", "models"),
+    "huggingface_hub": ("models", "data"),
+    "datasets": ("data",),
+    "pyarrow": ("data",),
+    "flwr": ("engines/flower*", "engines/ray*"),
+    "ray": ("engines/ray*",),
+    "matplotlib": ("report",),
+    "typer": ("cli", "commands"),
+    "rich": ("commands", "progress"),
+    "tomli_w": ("config",),
+}
+
+# What the folders beside fedpeft may import of this project; `simulations` may also import any library.
+APPS: dict[str, set[str]] = {
+    "clients": {"clients", "fedpeft.engines"},
+    "server": {"server", "fedpeft.engines"},
+    "simulations": {"simulations", "clients", "server", "fedpeft"},
+}
+PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+
+
+def violations(path: str, source: str) -> list[str]:
+    """Every rule that the module at `path` (from the project's root) breaks, one sentence each."""
+    tree = ast.parse(source)
+    found = [f"{path}:{line} {what}" for line, what in (*bad_imports(path, tree), *bad_statements(path, tree))]
+    lines = len(source.splitlines())
+    if lines > MOST_LINES:
+        found.append(f"{path} has {lines} lines; a module stops at {MOST_LINES}, so split it")
+    public = not PurePosixPath(path).stem.startswith("_") or path.endswith("__init__.py")
+    if public and not ast.get_docstring(tree):
+        found.append(f"{path}:1 has no docstring; say in one sentence what the module holds")
+    return found
+
+
+def bad_imports(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    folder, room, place = locate(path)
+    for line, module in imported(tree):
+        top, *rest = module.split(".")
+        if not top:
+            yield line, "has a relative import; write the whole name, from fedpeft down"
+        elif top in PICKLES:
+            yield line, f"imports {top}; what a peer sends is never unpickled, so use safetensors or JSON"
+        elif folder != "fedpeft":
+            yield from bad_app_import(line, folder, module)
+        elif top == "fedpeft":
+            yield from bad_room_import(line, room, rest[0] if rest else "")
+        elif top in FOLDERS:
+            yield line, f"imports {top}; fedpeft knows nothing of the folders beside it"
+        elif top not in sys.stdlib_module_names and room:
+            yield from bad_library_import(line, room, place, top)
+
+
+def bad_app_import(line: int, folder: str, module: str) -> Iterator[tuple[int, str]]:
+    allowed = APPS[folder]
+    inside = any(module == name or module.startswith(f"{name}.") for name in allowed)
+    ours = module.split(".")[0] in FOLDERS
+    foreign = module.split(".")[0] not in sys.stdlib_module_names
+    if not inside and (ours or (foreign and folder != "simulations")):
+        yield line, f"imports {module}; {folder}/ may import {', '.join(sorted(allowed))} and the standard library"
+
+
+def bad_room_import(line: int, room: str, other: str) -> Iterator[tuple[int, str]]:
+    if room in ("", other):
+        return
+    if room not in ROOMS:
+        yield line, f"is in the room {room!r}, which is not in the table ROOMS; add a row that says what it may import"
+    elif other not in ROOMS:
+        yield line, f"imports {other or 'fedpeft'!r} of fedpeft; import from the room that defines the name"
+    elif other not in ROOMS[room]:
+        yield line, f"imports fedpeft.{other}; {room} may import {', '.join(sorted(ROOMS[room])) or 'no other room'}"
+
+
+def bad_library_import(line: int, room: str, place: str, library: str) -> Iterator[tuple[int, str]]:
+    homes = LIBRARIES.get(library)
+    if homes is None:
+        yield line, f"imports {library}, which is not in the table LIBRARIES; add a row that says where it lives"
+    elif not any(room == home or fnmatch(place, home) for home in homes):
+        yield line, f"imports {library}; {library} lives in {', '.join(f'fedpeft/{home}' for home in homes)}"
+
+
+def bad_statements(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    folder, room, _ = locate(path)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            yield node.lineno, "has an assert; raise one of fedpeft.errors"
+        call = node.func if isinstance(node, ast.Call) else None
+        if isinstance(call, ast.Name) and call.id == "print" and folder != "simulations" and room != "cli":
+            yield call.lineno, "prints; only the command line speaks to a user"
+
+
+def locate(path: str) -> tuple[str, str, str]:
+    """The top folder, the room in it (empty for the package's own `__init__`), and the path inside the folder."""
+    folder, *rest = PurePosixPath(path).with_suffix("").parts
+    room = "" if rest == ["__init__"] else rest[0]
+    return folder, room, "/".join(rest)
+
+
+def imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and full name of each import; a relative import has a name that begins with a dot."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield node.lineno, f".{node.module or ''}"
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+MODULES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_module_keeps_the_rules(path: str) -> None:
+    found = violations(path, (ROOT / path).read_text(encoding="utf-8"))
+    assert not found, "\n".join(found)
+
+
+def test_every_room_named_in_the_table_has_a_row() -> None:
+    named = set().union(*ROOMS.values())
+    assert named <= set(ROOMS)
+
+
+def test_no_two_rooms_import_each_other() -> None:
+    both = [(room, other) for room, allowed in ROOMS.items() for other in allowed if room in ROOMS[other]]
+    assert not both
+
+
+def test_public_names_are_sorted() -> None:
+    tree = ast.parse((ROOT / "fedpeft/__init__.py").read_text(encoding="utf-8"))
+    lists = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]
+    ]
+    assert len(lists) == 1
+    # The linter's order: CONSTANTS, then Classes, then functions.
+    assert lists[0] == sorted(lists[0], key=lambda name: (not name.isupper(), not name[:1].isupper(), name))
+
+
+CLEAN = '"""What is here."""\n'
+PLANTED = [
+    ("fedpeft/codecs/dense.py", "import torch", "imports torch; torch lives in fedpeft/models"),
+    ("fedpeft/codecs/dense.py", "from torch import nn", "imports torch"),
+    ("fedpeft/codecs/dense.py", "def f():\n    import torch.nn", ":3 imports torch"),
+    ("fedpeft/training.py", "import transformers", "transformers lives in fedpeft/models, fedpeft/tasks"),
+    ("fedpeft/training.py", "from peft import LoraConfig", "peft lives in fedpeft/models"),
+    ("fedpeft/engines/local.py", "import flwr", "flwr lives in fedpeft/engines/flower*"),
+    ("fedpeft/engines/flower.py", "import ray", "ray lives in fedpeft/engines/ray*"),
+    ("fedpeft/cli.py", "import matplotlib.pyplot", "matplotlib lives in fedpeft/report"),
+    ("fedpeft/rounds.py", "from rich.table import Table", "imports rich"),
+    ("fedpeft/config/data.py", "import pyarrow", "imports pyarrow"),
+    ("fedpeft/wire.py", "import safetensors", "imports safetensors"),
+    ("fedpeft/wire.py", "import scipy", "not in the table LIBRARIES"),
+    ("fedpeft/errors.py", "from fedpeft.adapters import AdapterSpec", "errors may import no other room"),
+    ("fedpeft/adapters/lora.py", "from fedpeft.updates import Update", "imports fedpeft.updates"),
+    ("fedpeft/codecs/dense.py", "from fedpeft.merges import Merge", "imports fedpeft.merges"),
+    ("fedpeft/strategy.py", "from fedpeft.wire import Packet", "imports fedpeft.wire"),
+    ("fedpeft/config/run.py", "from fedpeft import models", "imports fedpeft.models"),
+    ("fedpeft/report/page.py", "import fedpeft.rounds", "imports fedpeft.rounds"),
+    ("fedpeft/wire.py", "from fedpeft import RunConfig", "import from the room that defines the name"),
+    ("fedpeft/helpers.py", "from fedpeft.errors import ConfigError", "not in the table ROOMS"),
+    ("fedpeft/engines/flower.py", "import clients.app", "knows nothing of the folders beside it"),
+    ("fedpeft/codecs/topk.py", "from .codec import Codec", "relative import"),
+    ("fedpeft/checkpoint.py", "import pickle", "never unpickled"),
+    ("simulations/compare.py", "from dill import loads", "never unpickled"),
+    ("clients/app.py", "from server.app import app", "imports server.app"),
+    ("server/app.py", "import clients", "imports clients"),
+    ("clients/app.py", "from fedpeft.training import fit", "clients/ may import clients, fedpeft.engines"),
+    ("server/app.py", "import torch", "imports torch"),
+    ("fedpeft/rounds.py", "assert True", "has an assert"),
+    ("simulations/compare.py", "assert True", "has an assert"),
+    ("fedpeft/rounds.py", "print(1)", "prints"),
+    ("server/app.py", "print(1)", "prints"),
+    ("fedpeft/rounds.py", "x = 1\n" * MOST_LINES, "has 401 lines"),
+]
+
+
+@pytest.mark.parametrize(("path", "source", "expected"), PLANTED)
+def test_planted_violation_is_found(path: str, source: str, expected: str) -> None:
+    found = violations(path, CLEAN + source)
+    assert len(found) == 1
+    assert expected in found[0]
+
+
+def test_missing_docstring_is_found() -> None:
+    assert violations("fedpeft/rounds.py", "import json\n") == [
+        "fedpeft/rounds.py:1 has no docstring; say in one sentence what the module holds"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("fedpeft/__init__.py", "from fedpeft.config import RunConfig"),
+        ("fedpeft/models.py", "import peft, torch, transformers, numpy, json"),
+        ("fedpeft/tasks/labels.py", "import torch\nfrom fedpeft.config import RunConfig"),
+        ("fedpeft/engines/flower_app.py", "from flwr.app import Message\nfrom fedpeft.rounds import run"),
+        ("fedpeft/cli.py", "import typer\nprint(1)"),
+        ("clients/app.py", "from fedpeft.engines.flower import client_app"),
+        ("simulations/compare.py", "import sklearn, clients.app, server.app, fedpeft.rounds\nprint(1)"),
+    ],
+)
+def test_clean_module_passes(path: str, source: str) -> None:
+    assert violations(path, CLEAN + source) == []

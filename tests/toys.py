@@ -1,0 +1,174 @@
+"""A federation small enough to do by hand: three numbers, clients that walk towards a target of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedpeft import checkpoint, journal, rounds
+from fedpeft.adapters import AdapterSpec, AdapterState, ModuleSpec
+from fedpeft.client import FitJob, Fitted, Site, handle
+from fedpeft.codecs import dense
+from fedpeft.engines.local import LocalTransport
+from fedpeft.memory import FolderMemory
+from fedpeft.merges import mean
+from fedpeft.optimizers import sgd
+from fedpeft.stages import Stage, identity
+from fedpeft.strategy import Strategy, build
+from fedpeft.updates import Memory, ServerState, Update
+from fedpeft.wire import Failure, Packet, Session
+
+SPEC = AdapterSpec(
+    "base",
+    "lora",
+    (
+        ModuleSpec("head", "full", 0, 1.0, (("weight", (1,)),)),
+        ModuleSpec("layer", "lora", 1, 2.0, (("A", (1, 1)), ("B", (1, 1)))),
+    ),
+)
+RUN, CONFIG = "run-1", "c0ffee"
+SESSION = Session(RUN, CONFIG, SPEC.digest)
+
+
+def numbers(head: float, a: float, b: float) -> dict[str, np.ndarray]:
+    """Values for the three tensors of `SPEC`."""
+    return {
+        "head.weight": np.array([head], np.float32),
+        "layer.A": np.array([[a]], np.float32),
+        "layer.B": np.array([[b]], np.float32),
+    }
+
+
+def flat(tensors: Mapping[str, np.ndarray]) -> list[float]:
+    """The values of the tensors in order of key."""
+    return [float(x) for key in sorted(tensors) for x in tensors[key].ravel()]
+
+
+def state(*values: float, round_: int = 0, **more: Any) -> ServerState:
+    return ServerState(RUN, round_, 0, AdapterState(SPEC, numbers(*(values or (0.0, 0.0, 0.0)))), **more)
+
+
+def strategy(stage: Stage | None = None, rate: float = 1.0, weights: str = "examples") -> Strategy:
+    return build(stage or identity(), dense(), mean(weights), sgd(rate))
+
+
+def update(values: tuple[float, float, float], examples: int = 1, tokens: int = 1, **metrics: float) -> Update:
+    return Update(SPEC, numbers(*values), examples, tokens, metrics=metrics)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Walks 1/(2 + position) of the way to 4 × (partition + 1) in every tensor that is not frozen.
+
+    So a client that forgets its position, or remembers one too many, ends elsewhere.
+    """
+
+    partition: int
+    examples: int = 2
+    breaks: Callable[[FitJob], None] | None = None
+    seen: list[AdapterState] = field(default_factory=list)
+
+    @property
+    def spec(self) -> AdapterSpec:
+        return SPEC
+
+    def fit(self, adapter: AdapterState, job: FitJob) -> Fitted:
+        self.seen.append(adapter)
+        if self.breaks:
+            self.breaks(job)
+        target, share = np.float32(4 * (self.partition + 1)), np.float32(1 / (2 + job.position))
+        after = {
+            key: value if key in job.frozen else value + share * (target - value)
+            for key, value in adapter.tensors.items()
+        }
+        metrics = {"loss": float(self.partition), "learning_rate": 0.5}
+        return Fitted(adapter.tensors, after, self.examples, 10 * self.examples, job.position + 1, metrics)
+
+    def evaluate(self, adapter: AdapterState) -> Mapping[str, float]:
+        self.seen.append(adapter)
+        return {"accuracy": float(adapter.tensors["head.weight"][0]), "rows": self.examples}
+
+
+def site(partition: int, plan: Strategy | None = None, learner: Toy | None = None, config: str = CONFIG) -> Site:
+    return Site(partition, config, plan or strategy(), learner or Toy(partition))
+
+
+def transport(clients: int, root: Path, plan: Strategy | None = None) -> LocalTransport:
+    return LocalTransport(clients, lambda partition: site(partition, plan), FolderMemory(root))
+
+
+def plan(**changes: Any) -> rounds.Plan:
+    made = rounds.Plan(
+        session=SESSION,
+        rounds=2,
+        cohort=2,
+        quorum=1,
+        deadline_seconds=60.0,
+        evaluate_every=1,
+        evaluate_on_clients=False,
+        metric="accuracy",
+        metric_sign=1,
+        patience=0,
+    )
+    return replace(made, **changes)
+
+
+@dataclass
+class Script:
+    """A transport that plays what it is told: `(partition, Packet | Failure | None)`; None is the honest reply."""
+
+    replies: list[tuple[int, Packet | Failure | None]]
+    clients: int = 2
+    plan: Strategy = field(default_factory=strategy)
+
+    def partitions(self) -> tuple[int, ...]:
+        return tuple(range(self.clients))
+
+    def exchange(
+        self, requests: Mapping[int, Packet], timeout_seconds: float
+    ) -> Iterator[tuple[int, Packet | Failure]]:
+        for partition, reply in self.replies:
+            if reply is not None:
+                yield partition, reply
+            else:
+                yield partition, handle(requests[partition], Memory(), site(partition, self.plan))[0]
+
+
+def honest(partition: int, round_: int = 1, plan: Strategy | None = None) -> Packet:
+    """What an honest client answers in round `round_` to an adapter of zeros."""
+    chosen = plan or strategy()
+    request = Packet("fit", SESSION.manifest(round_), chosen.codec.encode(numbers(0, 0, 0), SPEC))
+    return handle(request, Memory(), site(partition, chosen))[0]
+
+
+def nobody() -> rounds.Observer:
+    return rounds.Observer(lambda *_: None, lambda *_: None)
+
+
+def evaluate(adapter: AdapterState) -> dict[str, Any]:
+    """The head's number as the accuracy."""
+    return {"accuracy": float(adapter.tensors["head.weight"][0]), "rows": 1, "groups": {}}
+
+
+def federate(root: Path, made: rounds.Plan, clients: int = 3, plan: Strategy | None = None) -> ServerState:
+    """A run with journal, checkpoints and memories under `root`, taken up where an earlier one was cut off."""
+    chosen, ledger, states = plan or strategy(), root / "journal.jsonl", root / "checkpoint"
+    if states.exists() and list(states.glob("*.sha256")):
+        start = checkpoint.load(states)
+        journal.truncate(ledger, start.round)
+    else:
+        start = state()
+        journal.append(ledger, {"event": "start"})
+        checkpoint.save(states, start)
+
+    def settle(record: rounds.Record, after: ServerState) -> None:
+        journal.append(ledger, record)
+        checkpoint.save(states, after)
+
+    observer = rounds.Observer(lambda *_: None, settle)
+    final, _ = rounds.run(chosen, made, start, transport(clients, root / "memories", chosen), evaluate, observer)
+    return final
