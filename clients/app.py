@@ -3,11 +3,13 @@
 A site that trains on rows of its own says here how to get at them: a function from the run's settings to the
 rows, in place of nothing. Nothing that the server sends can name a file on a node, so this is the only way.
 
-    from fedpeft.engines.flower_client import Row
+    import csv
+
+    from fedpeft.engines.flower_client import Row, client_app
 
     def own_rows(config):
-        with open("/data/reviews.tsv", encoding="utf-8") as file:
-            return [Row(text, label) for text, label in (line.rstrip().split("\\t") for line in file)]
+        with open("/data/reviews.csv", encoding="utf-8", newline="") as file:
+            return [Row(record["text"], record["label"]) for record in csv.DictReader(file)]
 
     app = client_app(own_rows)
 

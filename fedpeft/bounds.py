@@ -18,6 +18,9 @@ from fedpeft.tasks import Example
 _POOLED, _FROZEN = -2, -3
 """Partition numbers under which the bounds draw their batches; no site has them."""
 
+_HEAD_ALONE = 10.0
+"""Times the head's learning rate; of 1, 4 and 10 the best for the demo's frozen bound (.505, .523, .532)."""
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -28,8 +31,16 @@ class Bound:
 
 
 def frozen_head(config: RunConfig) -> Mapping[str, Any]:
-    """The base as it is, with a head trained on all sites' rows pooled, for all of the federation's steps."""
-    head = replace(config, adapter=choose(config.adapter.table, "head_only"))
+    """The base as it is, with a head trained on all sites' rows pooled, for all of the federation's steps.
+
+    A head alone takes a larger learning rate than one that learns beside an adapter.
+    """
+    rate = _HEAD_ALONE * (config.training.head_learning_rate or config.training.learning_rate)
+    head = replace(
+        config,
+        adapter=choose(config.adapter.table, "head_only"),
+        training=replace(config.training, head_learning_rate=rate),
+    )
     return {"evaluation": _train_alone(head, _pooled(head), _total_steps(config), _FROZEN)}
 
 

@@ -54,6 +54,11 @@ def save(folder: Path, state: ServerState) -> None:
         old.unlink(missing_ok=True)
 
 
+def exists(folder: Path) -> bool:
+    """Whether `folder` holds a finished checkpoint."""
+    return bool(_finished(folder))
+
+
 def load(folder: Path) -> ServerState:
     """The newest state in `folder`.
 
@@ -66,20 +71,32 @@ def load(folder: Path) -> ServerState:
             sentence(str(folder), expected="a finished checkpoint", found="none", remedy="start the run anew")
         )
     path = finished[-1]
-    expected = path.with_suffix(".sha256").read_text(encoding="utf-8").strip()
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    expected = path.with_suffix(".sha256").read_bytes().strip()
+    found = hashlib.sha256(path.read_bytes()).hexdigest().encode()
     if found != expected:
+        shown = expected[:12].decode(errors="backslashreplace")
         remedy = "delete the two files of that round to resume from the round before"
         raise CheckpointError(
-            sentence(str(path), expected=f"SHA-256 {expected[:12]}…", found=f"{found[:12]}… (corrupt)", remedy=remedy)
+            sentence(
+                str(path), expected=f"SHA-256 {shown!r}…", found=f"{found[:12].decode()!r}… (corrupt)", remedy=remedy
+            )
         )
+    try:
+        return _decoded(path)
+    except (ValueError, KeyError, TypeError) as error:
+        remedy = "resume with the version of fedpeft that wrote it"
+        raise CheckpointError(
+            sentence(str(path), expected="a state of this version", found=str(error), remedy=remedy)
+        ) from error
+
+
+def _decoded(path: Path) -> ServerState:
     tensors, fields = read_tensors(path)
-    spec = spec_from_fields(fields["spec"])
     return ServerState(
         run=fields["run"],
         round=fields["round"],
         seed=fields["seed"],
-        adapter=AdapterState(spec, _below(tensors, "adapter/")),
+        adapter=AdapterState(spec_from_fields(fields["spec"]), _below(tensors, "adapter/")),
         optimizer=_below(tensors, "optimizer/"),
         progress=fields["progress"],
     )

@@ -100,11 +100,14 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="Where to write the comparison of several runs.", show_default=False)
     ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="A folder for the plots of one run, as SVG files.", show_default=False)
+    ] = None,
 ) -> None:
     """Write report.html of a run, or one page that compares several."""
     from fedpeft.commands.report import run_report
 
-    run_report(runs, out)
+    run_report(runs, out, pictures)
 
 
 @app.command()
@@ -170,6 +173,7 @@ def options(
 def main() -> None:
     """Runs the command line; a user's mistake ends in one sentence, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except FedPeftError as error:

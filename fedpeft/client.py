@@ -13,6 +13,7 @@ from fedpeft.adapters import AdapterSpec, AdapterState, Tensors, norm
 from fedpeft.errors import FedPeftError, PacketError, sentence
 from fedpeft.strategy import Strategy
 from fedpeft.updates import Memory, Update
+from fedpeft.version import VERSION
 from fedpeft.wire import Packet, Scalar, fit_reply, read_adapter, require_manifest
 
 _logger = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ def _fit(packet: Packet, memory: Memory, site: Site) -> tuple[Packet, Memory]:
         position=int(memory.fields.get("position", 0)),
     )
     fitted = site.learner.fit(adapter, job)
+    spec.require(fitted.after, f"training, round {job.round}, partition {job.partition}")
     delta = {key: fitted.after[key] - fitted.before[key] for key in spec.shapes}
     update = Update(spec, delta, fitted.examples, fitted.tokens, metrics=fitted.metrics)
     kept = Memory(
@@ -127,7 +129,7 @@ _HANDLERS: Mapping[str, Callable[[Packet, Memory, Site], tuple[Packet, Memory]]]
 
 def _agree(packet: Packet, site: Site) -> AdapterSpec:
     spec = site.learner.spec
-    require_manifest(packet, packet.kind, {"config": site.config, "spec": spec.digest})
+    require_manifest(packet, packet.kind, {"version": VERSION, "config": site.config, "spec": spec.digest})
     return spec
 
 

@@ -15,8 +15,8 @@ from fedpeft.config.data import DataConfig
 from fedpeft.config.training import METRICS, ModelConfig
 from fedpeft.data.partitions import deal, histogram
 from fedpeft.data.rows import DataReport, Row, Split, prepare
-from fedpeft.errors import DataError, sentence
-from fedpeft.models import AdaptedModel, install, load, load_tokenizer
+from fedpeft.errors import DataError, PlanError, sentence
+from fedpeft.models import AdaptedModel, install, load, load_tokenizer, most_tokens
 from fedpeft.strategy import Strategy, build, check
 from fedpeft.tasks import Example, Task, build_task, with_labels
 from fedpeft.training import TorchLearner, evaluate
@@ -68,6 +68,17 @@ def check_plan(config: RunConfig, adapted: AdaptedModel) -> None:
     """Raises PlanError if two settings cannot go together, AdapterError if a pattern matches no tensor."""
     parts = config.aggregation
     check(parts.stages.build(), parts.codec.chosen.build(), parts.merge.chosen.build(), adapted.spec)
+    room, virtual = most_tokens(adapted), int(adapted.family.peft.get("num_virtual_tokens", 0))
+    asked = min(config.task.chosen.max_tokens, adapted.tokenizer.model_max_length)
+    if asked > room:
+        raise PlanError(
+            sentence(
+                f"task.{config.task.name}.max_tokens",
+                expected=f"at most {room} ({room + virtual} positions less {virtual} virtual tokens)",
+                found=asked,
+                remedy="lower it",
+            )
+        )
 
 
 def adapted_model(config: RunConfig) -> AdaptedModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +25,7 @@ from fedpeft.experiment import (
 )
 from fedpeft.models import AdaptedModel, save_adapter
 from fedpeft.report.page import write_report
-from fedpeft.runs import RunFolder, create, write_folder
+from fedpeft.runs import RunFolder, create, write_folder, writing
 from fedpeft.training import use_threads
 from fedpeft.updates import ServerState
 from fedpeft.version import VERSION
@@ -69,17 +69,16 @@ def federate(
     adapted = adapted_model(config)
     check_plan(config, adapted)
     strategy, evaluate = strategy_of(config), evaluator_of(config)
-    if resume:
+    if resume and _has_begun(folder):
         state = _resumed(folder, adapted)
     else:
         state = strategy.init(secrets.token_hex(8), config.seed, adapted.initial)
-        create(folder, config)
-        journal.append(folder.journal, _start_record(config, adapted, engine))
+        _begin(folder, config, _start_record(config, adapted, engine))
         checkpoint.save(folder.checkpoint, state)
     told.start(journal.read(folder.journal)[0], state.round)
 
     def settle(record: rounds.Record, after: ServerState) -> None:
-        journal.append(folder.journal, record)
+        _note(folder, record)
         checkpoint.save(folder.checkpoint, after)
         told.round(record)
 
@@ -89,10 +88,31 @@ def federate(
     write_folder(folder.adapter, lambda scratch: save_adapter(adapted, final, scratch))
     final_evaluation = _last_evaluation(folder.journal, state.round) or evaluate(final)
     if bounds:
-        journal.append(folder.journal, {"event": "bounds", "rows": measure_bounds(config, bounds, told.bound)})
-    journal.append(folder.journal, _end_record(folder.journal, adapted, stopped, final_evaluation))
-    write_report(folder.root)
+        _note(folder, {"event": "bounds", "rows": measure_bounds(config, bounds, told.bound)})
+    _note(folder, _end_record(folder.journal, adapted, stopped, final_evaluation))
+    with writing(folder.root):
+        write_report(folder.root)
     return journal.read(folder.journal)
+
+
+def _note(folder: RunFolder, record: Mapping[str, Any]) -> None:
+    with writing(folder.journal):
+        journal.append(folder.journal, record)
+
+
+def _begin(folder: RunFolder, config: RunConfig, record: Mapping[str, Any]) -> None:
+    """The folder holds the settings and a journal of its start alone."""
+    create(folder, config)
+    with writing(folder.journal):
+        folder.journal.unlink(missing_ok=True)
+    _note(folder, record)
+
+
+def _has_begun(folder: RunFolder) -> bool:
+    """Whether there is something to go on from, or something to lose: a kill may come before the first checkpoint."""
+    if checkpoint.exists(folder.checkpoint):
+        return True
+    return folder.journal.exists() and any(record["event"] != "start" for record in journal.read(folder.journal))
 
 
 def _resumed(folder: RunFolder, adapted: AdaptedModel) -> ServerState:
@@ -107,8 +127,9 @@ def _resumed(folder: RunFolder, adapted: AdaptedModel) -> ServerState:
             )
         )
     state = replace(state, adapter=replace(state.adapter, spec=adapted.spec))
-    journal.truncate(folder.journal, state.round)
-    journal.append(folder.journal, {"event": "resume", "round": state.round, "time": _now()})
+    with writing(folder.journal):
+        journal.truncate(folder.journal, state.round)
+    _note(folder, {"event": "resume", "round": state.round, "time": _now()})
     return state
 
 

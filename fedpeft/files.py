@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -40,9 +41,9 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def encode_tensors(tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> bytes:
-    """The bytes of a safetensors file whose metadata carries `fields` as JSON."""
-    text = json.dumps(fields, sort_keys=True)
-    plain = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    """The bytes of a safetensors file whose metadata carries `fields` as JSON, and a digest of it all."""
+    plain = {name: np.asarray(value, order="C") for name, value in tensors.items()}
+    text = json.dumps({"fields": fields, "sha256": _digest(plain, fields)}, sort_keys=True)
     return bytes(save(plain, metadata={_METADATA_KEY: text}))
 
 
@@ -50,15 +51,25 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Tensors and fields of a file that `encode_tensors` made.
 
     Raises:
-        ValueError: the file is truncated, altered in its header, or was not written by fedpeft.
+        ValueError: the file is truncated or altered, or was not written by fedpeft.
     """
     try:
         with safe_open(str(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {})[_METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(metadata[_METADATA_KEY])
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        fields, expected = dict(metadata["fields"]), metadata["sha256"]
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(str(error)) from error
+    if _digest(tensors, fields) != expected:
+        raise ValueError("other contents than were written (corrupt)")
+    return tensors, fields
+
+
+def _digest(tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> str:
+    sha = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        sha.update(f"{name}{value.dtype.str}{value.shape}".encode() + value.tobytes())
+    return sha.hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

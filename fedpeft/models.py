@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import numpy as np
 import peft
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from fedpeft.adapters import AdapterSpec, AdapterState, Family, ModuleSpec
@@ -78,6 +81,13 @@ def model_path(config: ModelConfig) -> str:
     return config.source
 
 
+def most_tokens(adapted: AdaptedModel) -> int:
+    """How many tokens of text the base has positions for, less those that the adapter puts before it."""
+    settings: Any = adapted.model.config
+    positions = getattr(settings, "max_position_embeddings", None) or sys.maxsize
+    return int(positions) - int(adapted.family.peft.get("num_virtual_tokens", 0))
+
+
 def extract(adapted: AdaptedModel) -> AdapterState:
     """The adapter's values now, as copies, with scales folded in."""
     return AdapterState(adapted.spec, {key: _folded(binding) for key, binding in adapted.bindings.items()})
@@ -109,12 +119,16 @@ def save_adapter(adapted: AdaptedModel, state: AdapterState, folder: Path) -> No
     """`folder` holds `state` in the layout that stock `peft.PeftModel.from_pretrained` loads, head included.
 
     A family with no adapter of its own is saved as a whole model.
+
+    Raises:
+        OSError: the disk is full or not writable.
     """
     install(adapted, state)
     options = {"save_embedding_layers": False} if isinstance(adapted.model, peft.PeftModel) else {}
     model: Any = adapted.model
-    model.save_pretrained(str(folder), **options)
-    adapted.tokenizer.save_pretrained(str(folder))
+    with _saving():
+        model.save_pretrained(str(folder), **options)
+        adapted.tokenizer.save_pretrained(str(folder))
 
 
 def save_merged(adapted: AdaptedModel, state: AdapterState, folder: Path) -> None:
@@ -122,6 +136,7 @@ def save_merged(adapted: AdaptedModel, state: AdapterState, folder: Path) -> Non
 
     Raises:
         ModelError: the family adds tokens or layers that no weight of the base can take up.
+        OSError: the disk is full or not writable.
     """
     install(adapted, state)
     model: Any = adapted.model
@@ -134,9 +149,10 @@ def save_merged(adapted: AdaptedModel, state: AdapterState, folder: Path) -> Non
                 remedy="export the adapter instead",
             )
         )
-    merged = model.merge_and_unload() if adapted.family.peft else model
-    merged.save_pretrained(str(folder))
-    adapted.tokenizer.save_pretrained(str(folder))
+    merged = copy.deepcopy(model).merge_and_unload() if adapted.family.peft else model
+    with _saving():
+        merged.save_pretrained(str(folder))
+        adapted.tokenizer.save_pretrained(str(folder))
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -175,12 +191,21 @@ def _from_where(config: ModelConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def _saving() -> Iterator[None]:
+    """Inside, what safetensors raises for a disk that takes no more is an OSError, as it is everywhere else."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+@contextlib.contextmanager
 def _loading(config: ModelConfig) -> Iterator[None]:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             sentence(
                 f"model.source {config.source}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -21,63 +20,45 @@ def watching(console: Console, *, quiet: bool) -> Iterator[Watcher]:
         yield silent()
     elif console.is_terminal:
         with _bar(console) as progress:
-            yield _Live(console, progress).watcher()
+            yield _live(console, progress)
     else:
-        yield _Plain(console).watcher()
+        yield _plain(console)
 
 
-@dataclass
-class _Plain:
-    """One line for the start, each round and each bound."""
-
-    console: Console
-    rounds: int = 0
-
-    def watcher(self) -> Watcher:
-        return Watcher(self.start, self.reply, self.round, self.bound)
-
-    def start(self, record: dict[str, Any], done: int) -> None:
-        self.rounds = record["config"]["rounds"]
-        self.console.print(_headline(record, done), highlight=False)
-
-    def reply(self, _round: int, _partition: int, _usable: bool) -> None:
-        """Single replies are not worth a line."""
-
-    def round(self, record: dict[str, Any]) -> None:
-        self.console.print(_round_line(record, self.rounds), highlight=False)
-
-    def bound(self, name: str) -> None:
-        self.console.print(f"measuring the bound: {name}", highlight=False)
+def _plain(console: Console) -> Watcher:
+    """One line for the start, each round and each bound; single replies are not worth one."""
+    return Watcher(
+        start=lambda record, done: console.print(_headline(record, done), highlight=False),
+        reply=lambda round_, partition, usable: None,  # noqa: ARG005
+        round=lambda record: console.print(_round_line(record), highlight=False),
+        bound=lambda name: console.print(f"measuring the bound: {name}", highlight=False),
+    )
 
 
-@dataclass
-class _Live(_Plain):
-    """The same lines above a bar of clients heard, with the time left."""
+def _live(console: Console, progress: Progress) -> Watcher:
+    """The same lines above a bar of clients heard, with the bytes moved and the time left."""
+    plain, task = _plain(console), progress.add_task("starting", total=None, moved="")
+    moved = [0]
 
-    progress: Progress = field(default_factory=Progress)
-    cohort: int = 0
+    def start(record: dict[str, Any], done: int) -> None:
+        plain.start(record, done)
+        cohort = record["config"]["federation.cohort"]
+        total = record["config"]["rounds"] * cohort
+        progress.update(task, total=total, completed=done * cohort, description=f"round {done + 1}")
 
-    def __init__(self, console: Console, progress: Progress) -> None:
-        super().__init__(console)
-        self.progress = progress
-        self.task = progress.add_task("starting", total=None)
-
-    def start(self, record: dict[str, Any], done: int) -> None:
-        super().start(record, done)
-        self.cohort = record["config"]["federation.cohort"]
-        total = self.rounds * self.cohort
-        self.progress.update(self.task, total=total, completed=done * self.cohort, description=f"round {done + 1}")
-
-    def reply(self, round_: int, partition: int, usable: bool) -> None:
+    def reply(round_: int, partition: int, usable: bool) -> None:
         heard = f"round {round_}: site {partition} {'answered' if usable else 'failed'}"
-        self.progress.update(self.task, advance=1, description=heard)
+        progress.update(task, advance=1, description=heard)
 
-    def round(self, record: dict[str, Any]) -> None:
-        super().round(record)
-        self.progress.update(self.task, completed=record["round"] * self.cohort)
+    def settled(record: dict[str, Any]) -> None:
+        plain.round(record)
+        moved[0] += record["bytes_up"] + record["bytes_down"]
+        progress.update(task, moved=f"{human_bytes(moved[0])} moved")
 
-    def bound(self, name: str) -> None:
-        self.progress.update(self.task, description=f"bound: {name}", total=None)
+    def bound(name: str) -> None:
+        progress.update(task, description=f"measuring the bound: {name}", total=None)
+
+    return Watcher(start, reply, settled, bound)
 
 
 def _bar(console: Console) -> Progress:
@@ -86,7 +67,7 @@ def _bar(console: Console) -> Progress:
         TextColumn("{task.description}", justify="left"),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
-        TextColumn("clients, left"),
+        TextColumn("clients  {task.fields[moved]}  left"),
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console, transient=True)
@@ -103,8 +84,8 @@ def _headline(record: dict[str, Any], done: int) -> str:
     )
 
 
-def _round_line(record: dict[str, Any], rounds: int) -> str:
-    parts = [f"round {record['round']:>{len(str(rounds))}}/{rounds}", f"training loss {record['loss']:.3f}"]
+def _round_line(record: dict[str, Any]) -> str:
+    parts = [f"round {record['round']:>3}", f"training loss {record['loss']:.3f}"]
     if record["evaluation"]:
         parts.append(f"held-out accuracy {percent(record['evaluation']['accuracy'])}")
     parts.append(f"{human_bytes(record['bytes_up'])} up, {human_bytes(record['bytes_down'])} down")

@@ -14,6 +14,7 @@ from fedpeft.randomness import rng
 from fedpeft.strategy import Strategy
 from fedpeft.updates import ServerState, Update
 from fedpeft.wire import (
+    MOST_EXAMPLES,
     Failure,
     Packet,
     Session,
@@ -27,6 +28,8 @@ from fedpeft.wire import (
 
 Record = dict[str, Any]
 Evaluate = Callable[[AdapterState], Record]
+
+_MOST_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
@@ -133,25 +136,19 @@ def run(
 def evaluate_on_clients(
     strategy: Strategy, plan: Plan, state: ServerState, transport: Transport, partitions: Iterable[int]
 ) -> Record | None:
-    """The mean of the clients' own figures, weighed by their rows; None where none answered."""
-    request = evaluate_request(strategy, state, plan.session)
-    answers = []
-    for partition, reply in transport.exchange(dict.fromkeys(partitions, request), plan.deadline_seconds):
-        expected = {**plan.session.manifest(state.round), "partition": partition}
-        try:
-            if isinstance(reply, Failure):
-                continue
-            require_manifest(reply, "evaluation", expected)
-            answers.append((partition, read_metrics(reply, f"evaluation of partition {partition}")))
-        except FedPeftError:
-            continue
-    rows = sum(figures["rows"] for _, figures in answers)
-    if not rows:
+    """The mean of the clients' own figures, each weighed by the rows of those who have it; None where none answered."""
+    request, cohort = evaluate_request(strategy, state, plan.session), tuple(sorted(partitions))
+    replies = transport.exchange(dict.fromkeys(cohort, request), plan.deadline_seconds)
+    found = [_figures(plan, state, partition, reply) for partition, reply in in_order(replies, cohort)]
+    answers = [figures for figures in found if figures]
+    if not answers:
         return None
-    names = [name for name in sorted(answers[0][1]) if name != "rows"]
-    ordered = [figures for _, figures in sorted(answers)]
-    means = {name: sum(figures[name] * figures["rows"] for figures in ordered) / rows for name in names}
-    return {**means, "rows": int(rows), "groups": {}}
+    means = {}
+    for name in sorted({name for figures in answers for name in figures} - {"rows"}):
+        having = [figures for figures in answers if name in figures]
+        rows = sum(figures["rows"] for figures in having)
+        means[name] = sum(figures[name] * figures["rows"] for figures in having) / rows
+    return {**means, "rows": int(sum(figures["rows"] for figures in answers)), "groups": {}}
 
 
 def in_order(
@@ -201,23 +198,40 @@ def _usable(
     if isinstance(reply, Failure):
         return reply
     if reply.kind == "failure":
-        return Failure(str(reply.manifest.get("reason", "the node gave no reason"))[:500])
+        return Failure(_reason(str(reply.manifest.get("reason", "the node gave no reason"))))
     expected = {**plan.session.manifest(state.round + 1), "partition": partition}
     try:
         return read_update(reply, strategy, spec, expected)
     except FedPeftError as error:
-        return Failure(str(error))
+        return Failure(_reason(str(error)))
+
+
+def _figures(plan: Plan, state: ServerState, partition: int, reply: Packet | Failure) -> dict[str, float]:
+    """What a client says of the adapter; nothing where it is not an answer, or does not say of how many rows."""
+    if isinstance(reply, Failure):
+        return {}
+    try:
+        require_manifest(reply, "evaluation", {**plan.session.manifest(state.round), "partition": partition})
+        figures = read_metrics(reply, f"evaluation of partition {partition}")
+    except FedPeftError:
+        return {}
+    rows = figures.get("rows", 0.0)
+    return figures if plan.metric in figures and rows.is_integer() and 0 < rows <= MOST_EXAMPLES else {}
+
+
+def _reason(text: str) -> str:
+    """What a node says of itself, made fit for a journal and a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text[:_MOST_CHARACTERS])
 
 
 def _client_record(partition: int, reply: Packet, update: Update) -> Record:
-    return {
+    counted = {
         "partition": partition,
         "examples": update.examples,
         "tokens": update.tokens,
         "bytes_up": reply.size_bytes,
-        "loss": math.nan,
-        **update.metrics,
     }
+    return {"loss": math.nan, **update.metrics, **counted}
 
 
 def _aggregate(
@@ -273,7 +287,7 @@ def _watch(plan: Plan, state: ServerState, value: float) -> ServerState:
     score = plan.metric_sign * value
     better = score > state.progress.get("best", -math.inf)
     since = 0.0 if better else state.progress.get("since", 0.0) + 1
-    best = score if better else state.progress["best"]
+    best = score if better else state.progress.get("best", -math.inf)
     return replace(state, progress={"best": best, "since": since})
 
 

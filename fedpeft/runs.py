@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +105,22 @@ def reopen(root: Path, overrides: list[str]) -> tuple[RunFolder, RunConfig]:
             )
         )
     return folder, config
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, a disk that takes no more is a RunFolderError that names `path`.
+
+    Raises:
+        RunFolderError: the disk is full or not writable.
+    """
+    try:
+        yield
+    except OSError as error:
+        remedy = "free disk space, then run again with --resume"
+        raise RunFolderError(
+            sentence(str(path), expected="room to write it", found=str(error), remedy=remedy)
+        ) from error
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:

@@ -21,9 +21,9 @@ class Strategy(NamedTuple):
     """What the server does with a round, and the parts that clients share with it.
 
     `init(run, seed, adapter)` is the state before round 1. `aggregate(state, updates)` is the state after a
-    round and figures about it; updates are taken one by one, as they come, and an adapter that is not finite is
-    an AdapterError. `finalize(state)` is the adapter
-    that a user deploys. `stage` and `codec` are the halves that clients run too.
+    round and figures about it; updates are taken one by one, as they come, and a result that is not finite is
+    an AdapterError. `finalize(state)` is the adapter that a user deploys. `stage` and `codec` are the halves
+    that clients run too.
     """
 
     stage: Stage

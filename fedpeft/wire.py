@@ -6,7 +6,7 @@ that every engine reports the same bytes.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +22,9 @@ Scalar = bool | int | float | str
 
 MOST_EXAMPLES = 10**9
 """The most examples or tokens that a client may claim."""
+
+MOST_METRICS = 64
+"""The most figures that a reply may carry, and the most characters of a figure's name."""
 
 
 @dataclass(frozen=True)
@@ -129,18 +132,31 @@ def read_update(packet: Packet, strategy: Strategy, spec: AdapterSpec, expected:
 
 
 def read_metrics(packet: Packet, place: str) -> dict[str, float]:
-    """The finite figures of a reply, by name."""
-    metrics = {}
-    for key, value in packet.manifest.items():
-        if key.startswith("metric."):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise PacketError(
-                    sentence(
-                        f"{place}, {key}", expected="a finite number", found=repr(value), remedy="correct the node"
-                    )
+    """The finite figures of a reply, by name.
+
+    Raises:
+        PacketError: one is not a finite number, there are too many of them, or a name is too long.
+    """
+    named = ((key.partition("metric."), value) for key, value in packet.manifest.items())
+    metrics = {name: value for (before, mark, name), value in named if mark and not before}
+    longest = max(map(len, metrics), default=0)
+    if max(len(metrics), longest) > MOST_METRICS:
+        raise PacketError(
+            sentence(
+                place,
+                expected=f"at most {MOST_METRICS} metrics with names of at most {MOST_METRICS} characters",
+                found=f"{len(metrics)} with names of up to {longest}",
+                remedy="correct the node",
+            )
+        )
+    for key, value in metrics.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+            raise PacketError(
+                sentence(
+                    f"{place}, metric.{key}", expected="a finite number", found=repr(value), remedy="correct the node"
                 )
-            metrics[key.removeprefix("metric.")] = float(value)
-    return metrics
+            )
+    return {key: float(value) for key, value in metrics.items()}
 
 
 def require_manifest(packet: Packet, kind: str, expected: Mapping[str, Scalar]) -> None:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.update(
@@ -14,6 +16,44 @@ os.environ.update(
     OMP_WAIT_POLICY="PASSIVE",
     RAY_USAGE_STATS_ENABLED="0",
 )
+
+# A law that holds is not broken by a slow machine; writing to disk makes some examples slow.
+hypothesis.settings.register_profile("house", deadline=None, max_examples=60)
+hypothesis.settings.load_profile("house")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random model and its tokenizer."""
+    from tests import tiny
+
+    return tiny.build(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of labelled rows that the tiny model can learn."""
+    from tests import tiny
+
+    return tiny.write_rows(tmp_path_factory.mktemp("tiny-rows") / "rows.jsonl")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model: Path, tiny_rows: Path) -> str:
+    """The settings of a run of a second, as TOML."""
+    return f"""
+name = "tiny"
+seed = 5
+rounds = 3
+model = {{ source = "{tiny_model}", device = "cpu" }}
+adapter = {{ family = "lora", lora = {{ rank = 3, alpha = 5.0 }} }}
+federation = {{ clients = 3, cohort = 2 }}
+training = {{ steps = 2, batch_size = 4, learning_rate = 0.01 }}
+compute = {{ threads = 1 }}
+[data]
+origin = {{ source = "jsonl", jsonl = {{ path = "{tiny_rows}", columns = {{ group = "kind" }} }} }}
+test_fraction = 0.2
+"""
 
 
 @pytest.fixture

@@ -7,11 +7,14 @@ from pathlib import Path
 import typer
 
 from fedpeft.errors import ConfigError, RunFolderError, sentence
+from fedpeft.journal import read
+from fedpeft.report.drawing import write_picture
 from fedpeft.report.page import write_comparison, write_report
+from fedpeft.report.plots import plots
 
 
-def run_report(runs: list[Path], out: Path | None) -> None:
-    """The report of one run, or a page that compares several, is written.
+def run_report(runs: list[Path], out: Path | None, pictures: Path | None) -> None:
+    """The report of one run, or a page that compares several, is written; its plots too, where `pictures` says.
 
     Raises:
         RunFolderError: a folder holds no journal.
@@ -24,9 +27,19 @@ def run_report(runs: list[Path], out: Path | None) -> None:
             )
     if len(runs) == 1 and out is None:
         typer.echo(f"written: {write_report(runs[0])}")
+        if pictures is not None:
+            _write_pictures(runs[0], pictures)
         return
     if out is None:
         raise ConfigError(
             sentence("--out", expected="a file to write", found="none", remedy="add --out comparison.html")
         )
     typer.echo(f"written: {write_comparison(runs, out)}")
+
+
+def _write_pictures(run: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for plot in plots(read(run / "journal.jsonl")):
+        path = folder / f"{plot.name}.svg"
+        write_picture(plot.figure, path)
+        typer.echo(f"written: {path}")

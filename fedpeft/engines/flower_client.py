@@ -16,6 +16,7 @@ from fedpeft.assets import cache_folder
 from fedpeft.client import Site
 from fedpeft.config import RunConfig, digest
 from fedpeft.config.data import Bundled
+from fedpeft.data.rows import Row
 from fedpeft.engines.flower_grid import INTRODUCE, INTRODUCTION
 from fedpeft.engines.flower_messages import to_packet, to_records, to_settings
 from fedpeft.engines.local import answer
@@ -25,6 +26,8 @@ from fedpeft.memory import FolderMemory
 from fedpeft.training import use_threads
 from fedpeft.version import VERSION
 from fedpeft.wire import Packet
+
+__all__ = ["MODEL_VARIABLE", "Row", "client_app", "on_node"]
 
 MODEL_VARIABLE = "FEDPEFT_MODEL"
 """Names the folder of the base model on a node, where the server's settings name a folder of the server's."""

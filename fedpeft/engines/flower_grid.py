@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from fedpeft.config import RunConfig, to_flat
 from fedpeft.engines.flower_messages import to_packet, to_records
-from fedpeft.errors import FedPeftError, FederationError, PacketError, sentence
+from fedpeft.errors import FederationError, FedPeftError, PacketError, sentence
 from fedpeft.version import VERSION
 from fedpeft.wire import Failure, Packet
 
@@ -92,7 +92,9 @@ class GridTransport:
         for partition in requests.keys() - nodes.keys():
             yield partition, Failure("its node is not connected")
         reachable = {partition: packet for partition, packet in requests.items() if partition in nodes}
-        waiting = self._push({(partition, nodes[partition]): packet for partition, packet in reachable.items()}, timeout_seconds)
+        waiting = self._push(
+            {(partition, nodes[partition]): packet for partition, packet in reachable.items()}, timeout_seconds
+        )
         for partition in reachable.keys() - set(waiting.values()):
             yield partition, Failure("its message could not be handed to Flower")
         for message_id, reply in self._replies(waiting, deadline):
@@ -142,7 +144,9 @@ class GridTransport:
     def _ask(self, connected: set[int]) -> None:
         """Every node that is connected and has not said who it is has been asked."""
         now = time.monotonic()
-        resting = {question.node for question in self._questions.values() if now - question.asked_at < _ASK_AGAIN_SECONDS}
+        resting = {
+            question.node for question in self._questions.values() if now - question.asked_at < _ASK_AGAIN_SECONDS
+        }
         awaited = {question.node for question in self._questions.values() if question.open}
         strangers = connected - self._claims.keys() - resting - awaited
         if strangers:
@@ -193,7 +197,7 @@ class GridTransport:
             "federation",
             expected=f"{len(wanted)} clients connected within {seconds:g} seconds",
             found=f"{len(here)} of {len(self._claims)} nodes usable, without partition {missing}",
-            remedy="start the missing nodes (for a simulation, as many as federation.clients) or lower federation.clients",
+            remedy="start as many nodes as federation.clients, each with its partition, or lower federation.clients",
         )
 
 
@@ -203,7 +207,9 @@ def _require_introduction(answer: Packet | Failure) -> Packet:
     if answer.kind != INTRODUCTION:
         found = str(answer.manifest.get("reason", answer.kind))[:500]
         raise PacketError(
-            sentence("its first answer", expected="who it is", found=found, remedy="correct the node; it is asked again")
+            sentence(
+                "its first answer", expected="who it is", found=found, remedy="correct the node; it is asked again"
+            )
         )
     return answer
 

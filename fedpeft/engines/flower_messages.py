@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, RecordDict
 
 from fedpeft.config import RunConfig, from_flat
 from fedpeft.errors import PacketError, sentence
@@ -25,7 +25,8 @@ _PREFIX = "manifest."
 
 def to_records(packet: Packet, settings: Mapping[str, Scalar] | None = None) -> RecordDict:
     """`packet`, and the flat settings of the run where they are given, as Flower carries them."""
-    scalars = {_KIND: packet.kind, **{f"{_PREFIX}{key}": value for key, value in packet.manifest.items()}}
+    scalars: dict[str, ConfigRecordValues] = {_KIND: packet.kind}
+    scalars |= {f"{_PREFIX}{key}": value for key, value in packet.manifest.items()}
     array = Array("uint8", (len(packet.body),), STYPE, packet.body)
     records = RecordDict({_PACKET: ConfigRecord(scalars), _PAYLOAD: ArrayRecord({_BODY: array})})
     if settings is not None:

@@ -7,15 +7,19 @@ import importlib.util
 import logging
 import os
 import queue
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import ConfigError, FederationError, sentence
 from fedpeft.wire import Transport
+
+if TYPE_CHECKING:
+    from fedpeft.engines.flower_grid import GridTransport
 
 T = TypeVar("T")
 
@@ -27,6 +31,7 @@ _ENVIRONMENT = {
 }
 _OBJECT_STORE_BYTES = 512 * 2**20
 _POLL_SECONDS = 0.2
+_PROBE_SECONDS = 10.0
 
 
 def simulate_on_ray(config: RunConfig, run_server: Callable[[Transport], T]) -> T:
@@ -48,14 +53,14 @@ def simulate_on_ray(config: RunConfig, run_server: Callable[[Transport], T]) -> 
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     absolute = replace(config, out=str(Path(config.out or Path("runs") / config.name).absolute()))
-    with _quiet(), _ray(config):
-        return _serve(absolute, run_server)
-
-
-def _serve(config: RunConfig, run_server: Callable[[Transport], T]) -> T:
     # Flower reads its telemetry switch when it is imported, and takes a second that other engines need not wait.
     from fedpeft.engines.flower_grid import GridTransport
 
+    with _quiet(), _ray(config):
+        return _serve(absolute, run_server, GridTransport)
+
+
+def _serve(config: RunConfig, run_server: Callable[[Transport], T], over: Callable[..., GridTransport]) -> T:
     grids: queue.Queue[Any] = queue.Queue()
     failures: list[BaseException] = []
     done = threading.Event()
@@ -73,7 +78,7 @@ def _serve(config: RunConfig, run_server: Callable[[Transport], T]) -> T:
     thread = threading.Thread(target=simulate, name="flower-simulation", daemon=True)
     thread.start()
     try:
-        transport = GridTransport(_first(grids, check), config, check)
+        transport = over(_first(grids, check), config, check)
         transport.wait_for(config.federation.clients, config.federation.deadline_seconds)
         return run_server(transport)
     finally:
@@ -97,7 +102,7 @@ def _run_simulation(config: RunConfig, grids: queue.Queue[Any], done: threading.
         done.wait()
 
     compute = config.compute
-    resources = {"num_cpus": compute.cpus_per_client, "num_gpus": compute.gpus_per_client}
+    resources: dict[str, Any] = {"num_cpus": compute.cpus_per_client, "num_gpus": compute.gpus_per_client}
     run_simulation(server, client_app(), config.federation.clients, backend_config={"client_resources": resources})
 
 
@@ -113,25 +118,42 @@ def _ray(config: RunConfig) -> Iterator[None]:
     """Ray is up inside, with room for one client or more, and shut down after."""
     import ray
 
+    try:
+        _require_room(config, _start(config))
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(config: RunConfig) -> list[dict[str, Any]]:
+    """The machines of the cluster that the settings name, or of one started here."""
+    import ray
+
     address = config.compute.ray_address or os.environ.get("RAY_ADDRESS", "")
     here = {"num_cpus": os.cpu_count() or 1, "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
     where: dict[str, Any] = {"address": address} if address else here
     try:
+        _require_listener(address)
         if not ray.is_initialized():
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **where)
-        _require_room(config, ray.nodes())
-        yield
+        machines: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise FederationError(
             sentence(
                 f"Ray at {address or 'this machine'}",
                 expected="a cluster that can be used",
                 found=" ".join(str(error).split())[:300],
-                remedy="correct compute.ray_address, or see what `ray status` says",
+                remedy="run `ray status` there, and correct compute.ray_address",
             )
         ) from error
-    finally:
-        ray.shutdown()
+    return machines
+
+
+def _require_listener(address: str) -> None:
+    """Raises OSError or ValueError unless somebody listens at a `host:port`: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and "://" not in address:
+        socket.create_connection((host, int(port)), timeout=_PROBE_SECONDS).close()
 
 
 def _require_room(config: RunConfig, nodes: list[dict[str, Any]]) -> None:

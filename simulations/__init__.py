@@ -1,0 +1,1 @@
+"""Experiments as TOML, and the scripts that measure."""

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from flwr.app import Context, Message, MessageType, RecordDict
+
+from fedpeft.config import RunConfig, override, to_flat
+from fedpeft.engines.flower_client import MODEL_VARIABLE, Row, client_app, on_node
+from fedpeft.engines.flower_messages import to_packet, to_records
+from fedpeft.errors import PacketError
+from fedpeft.version import VERSION
+from fedpeft.wire import Packet
+
+
+@pytest.fixture(autouse=True)
+def a_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, in_a_flower_run: int) -> None:
+    monkeypatch.setenv("FEDPEFT_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv(MODEL_VARIABLE, raising=False)
+
+
+def own_rows(config: RunConfig) -> list[Row]:
+    return [Row("fine", "positive")]
+
+
+def ask(packet: Packet, *overrides: str, node_config: dict[str, int | str] | None = None) -> Packet:
+    settings = to_flat(override(RunConfig(), overrides))
+    message = Message(to_records(packet, settings), 1, MessageType.TRAIN)
+    given = {"partition-id": 4} if node_config is None else node_config
+    reply = client_app()(message, Context(1, 1, given, RecordDict(), {}))
+    return to_packet(reply.content)
+
+
+def test_a_node_says_who_it_is() -> None:
+    answer = ask(Packet("introduce", {"version": "another"}))
+    assert answer == Packet("introduction", {"version": VERSION, "partition": 4})
+
+
+@pytest.mark.parametrize("partition", [None, "4", -1, 1.5, True])
+def test_a_node_without_a_partition_says_what_it_needs(partition: int | str | None) -> None:
+    answer = ask(Packet("introduce"), node_config={} if partition is None else {"partition-id": partition})
+    assert answer.kind == "failure"
+    assert 'start the node with --node-config "partition-id=0"' in str(answer.manifest["reason"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("data.origin=jsonl", "data.origin.jsonl.path=/etc/passwd"), "nothing that the server sends can name data"),
+        (("data.origin=csv", "data.origin.csv.path=rows.csv"), "give the node its own rows in clients/app.py"),
+        (("data.origin=hub", "data.origin.hub.name=/data"), "give the node its own rows in clients/app.py"),
+        (("model.source=/srv/model",), f"name the node's own folder in {MODEL_VARIABLE}"),
+        (("model.source=../model",), "model.source: expected asset:NAME or a Hub name"),
+        (("model.source=asset:../../model",), "model.source: expected asset:NAME or a Hub name"),
+        (("model.source=fedpeft",), "model.source: expected asset:NAME or a Hub name"),
+    ],
+)
+def test_nothing_that_the_server_sends_names_a_file_on_a_node(
+    overrides: tuple[str, ...], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fedpeft").mkdir()
+    monkeypatch.chdir(tmp_path)
+    answer = ask(Packet("fit", {"run": "r", "round": 1}), *overrides)
+    assert answer.kind == "failure"
+    assert expected in str(answer.manifest["reason"])
+    assert not (tmp_path / "home").exists()
+
+
+def test_own_rows_and_an_own_model_take_the_place_of_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = override(RunConfig(), ["data.origin=jsonl", "model.source=/srv/model", "out=/srv/run"])
+    with pytest.raises(PacketError, match="own folder"):
+        on_node(config, own_rows)
+    monkeypatch.setenv(MODEL_VARIABLE, "/data/model")
+    followed = on_node(config, own_rows)
+    assert followed.model.source == "/data/model"
+    assert followed.out == ""
+    for source in ("asset:minilm", "sentence-transformers/all-MiniLM-L6-v2"):
+        monkeypatch.delenv(MODEL_VARIABLE, raising=False)
+        assert on_node(override(RunConfig(), [f"model.source={source}"]), None).model.source == source

@@ -1,0 +1,193 @@
+"""The transport over Flower's own in-memory grid; the test plays the nodes."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from uuid import uuid4
+
+import pytest
+from flwr.app import Error, Message, RecordDict
+from flwr.proto.task_pb2 import Task
+from flwr.server.superlink.linkstate import LinkState, LinkStateFactory
+from flwr.server.superlink.linkstate.in_memory_linkstate import RunRecord
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import Run
+from flwr.superlink.federation import NoOpFederationManager
+from flwr.superlink.grid import InMemoryGrid
+
+from fedpeft.config import RunConfig, override
+from fedpeft.engines.flower_grid import GridTransport
+from fedpeft.engines.flower_messages import to_packet, to_records, to_settings
+from fedpeft.errors import FederationError
+from fedpeft.version import VERSION
+from fedpeft.wire import Failure, Packet
+
+CONFIG = override(RunConfig(), ["federation.clients=3", "federation.cohort=2", "seed=5"])
+Answer = Callable[[Message], RecordDict | Error | None]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A grid, the state behind it, and the nodes that the test has connected."""
+
+    grid: InMemoryGrid
+    state: LinkState
+
+    def connect(self) -> int:
+        node = self.state.create_node("owner", "owner", secrets.token_bytes(32), heartbeat_interval=1e6)
+        self.state.acknowledge_node_heartbeat(node, 1e6)
+        return int(node)
+
+    def reply(self, node: int, answer: Answer) -> None:
+        """The node answers whatever was sent to it."""
+        for message in self.state.get_message_ins(node_id=node, limit=None):
+            said = answer(message)
+            if said is not None:
+                reply = Message(said, reply_to=message)
+                reply.metadata.__dict__["_message_id"] = str(uuid4())
+                self.state.store_message_res(reply)
+
+
+@pytest.fixture
+def federation(in_a_flower_run: int) -> Federation:
+    factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory())
+    run = Run.create_empty(run_id=in_a_flower_run)
+    run.federation_id, run.primary_task_id = NOOP_FEDERATION_ID, 1
+    state = factory.state()
+    state.task_store[1] = Task(task_id=1, run_id=in_a_flower_run)
+    state.run_ids[in_a_flower_run] = RunRecord(run=run)
+    grid = InMemoryGrid(state_factory=factory)
+    grid.set_run(run)
+    return Federation(grid, state)
+
+
+def introduces(partition: object, version: str = VERSION) -> Answer:
+    return lambda message: to_records(Packet("introduction", {"version": version, "partition": partition}))
+
+
+def echo(message: Message) -> RecordDict:
+    packet = to_packet(message.content)
+    return to_records(Packet("update", packet.manifest, packet.body))
+
+
+def test_nodes_are_known_by_the_partitions_that_they_name(federation: Federation) -> None:
+    transport = GridTransport(federation.grid, CONFIG)
+    assert transport.partitions() == ()
+    nodes = {partition: federation.connect() for partition in (2, 0)}
+    assert transport.partitions() == ()
+    for partition, node in nodes.items():
+        federation.reply(node, introduces(partition))
+    assert transport.partitions() == (0, 2)
+    late = federation.connect()
+    transport.partitions()
+    federation.reply(late, introduces(1))
+    assert transport.partitions() == (0, 1, 2)
+    transport.wait_for(3, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (introduces(0, "0.0.1"), f"is left out: fedpeft: expected {VERSION}, found 0.0.1"),
+        (introduces(3), "is left out: partition-id: expected 0 to 2, found 3"),
+        (introduces(-1), "is left out: partition-id: expected 0 to 2, found -1"),
+        (introduces(True), "is left out: partition-id: expected 0 to 2, found True"),
+        (introduces("0"), "is left out: partition-id: expected 0 to 2, found '0'"),
+        (lambda message: Error(2, "it\nbroke"), "it broke (Flower's error 2)"),
+        (lambda message: to_records(Packet("failure", {"reason": "no partition"})), "found no partition; correct"),
+        (lambda message: RecordDict(), "packet record: expected a ConfigRecord, found none"),
+    ],
+)
+def test_a_node_that_cannot_take_part_is_left_out_with_a_sentence(
+    federation: Federation, caplog: pytest.LogCaptureFixture, answer: Answer, expected: str
+) -> None:
+    transport, node = GridTransport(federation.grid, CONFIG), federation.connect()
+    transport.partitions()
+    federation.reply(node, answer)
+    with caplog.at_level(logging.WARNING, "fedpeft"):
+        assert transport.partitions() == ()
+        assert transport.partitions() == ()
+    assert [expected in line for line in caplog.messages] == [True]
+    with pytest.raises(FederationError, match=r"3 clients connected within 0 seconds, found 0 of .* partition 0, 1, 2"):
+        transport.wait_for(3, 0.0)
+
+
+def test_of_two_nodes_with_one_partition_the_first_is_asked(
+    federation: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    def play() -> None:
+        if training:
+            federation.reply(first, echo)
+            federation.reply(second, lambda message: Error(2, "the second was asked"))
+
+    training = False
+    first, second = federation.connect(), federation.connect()
+    transport = GridTransport(federation.grid, CONFIG, play)
+    transport.partitions()
+    federation.reply(first, introduces(1))
+    transport.partitions()
+    federation.reply(second, introduces(1))
+    with caplog.at_level(logging.WARNING, "fedpeft"):
+        assert transport.partitions() == (1,)
+    assert f"node {second} waits: another node has partition 1 already" in caplog.text
+    training = True
+    request = Packet("fit", {"round": 1})
+    assert dict(transport.exchange({1: request}, 5.0)) == {1: Packet("update", request.manifest)}
+
+
+def test_a_node_that_does_not_answer_in_time_is_a_failure(federation: Federation) -> None:
+    transport, node = GridTransport(federation.grid, CONFIG), federation.connect()
+    transport.partitions()
+    federation.reply(node, introduces(1))
+    assert transport.partitions() == (1,)
+    replies = dict(transport.exchange({1: Packet("fit", {"round": 1})}, 0.2))
+    assert list(replies) == [1]
+    assert isinstance(replies[1], Failure)
+
+
+def test_an_exchange_yields_one_item_for_each_request(federation: Federation) -> None:
+    nodes: dict[int, int] = {}
+    answers: dict[int, Answer] = {0: echo, 1: lambda message: Error(3, "expired")}
+    seen: list[RunConfig] = []
+
+    def play() -> None:
+        for partition, node in nodes.items():
+            federation.reply(node, answers[partition])
+
+    transport = GridTransport(federation.grid, CONFIG, play)
+    for partition in answers:
+        nodes[partition] = federation.connect()
+        answers[partition], later = introduces(partition), answers[partition]
+        transport.partitions()
+        transport.partitions()
+        answers[partition] = later
+
+    def sees(message: Message) -> RecordDict:
+        seen.append(to_settings(message.content))
+        return echo(message)
+
+    answers[0] = sees
+    request = Packet("fit", {"round": 1, "run": "r", "flag": True}, b"\1\2\3")
+    replies = dict(transport.exchange(dict.fromkeys((0, 1, 2), request), 5.0))
+    assert replies[0] == Packet("update", request.manifest, request.body)
+    assert replies[1] == Failure("expired (Flower's error 3)")
+    assert replies[2] == Failure("its node is not connected")
+    assert seen == [CONFIG]
+
+
+def test_an_engine_that_has_ended_ends_the_exchange(federation: Federation) -> None:
+    ended: list[str] = []
+
+    def check() -> None:
+        if ended:
+            raise FederationError(ended[0])
+
+    transport = GridTransport(federation.grid, CONFIG, check)
+    transport.partitions()
+    ended.append("Ray is gone.")
+    with pytest.raises(FederationError, match="Ray is gone"):
+        transport.wait_for(3, 600.0)

@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+from fedpeft import models
+from fedpeft.adapters import AdapterState
+from fedpeft.config.adapters import Lora
+from fedpeft.errors import AdapterError, ModelError, RunFolderError
+from fedpeft.runs import write_folder
+from tests import tiny
+from tests.tiny import FAMILIES, LABELS, logits, moved
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+families = pytest.mark.parametrize("family", sorted(FAMILIES))
+
+
+def stock(folder: Path, **more: object) -> torch.nn.Module:
+    made = transformers.AutoModelForSequenceClassification.from_pretrained(
+        str(folder), num_labels=3, dtype=torch.float32, local_files_only=True, **more
+    )
+    return made  # type: ignore[no-any-return]
+
+
+def bits(tensors: object) -> dict[str, bytes]:
+    return {key: np.asarray(value).tobytes() for key, value in tensors.items()}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("family", ["lora", "ia3"])
+def test_a_fresh_adapter_changes_no_logit(tiny_model: Path, family: str) -> None:
+    adapted = tiny.load(tiny_model, family)
+    with adapted.model.disable_adapter():  # type: ignore[operator]
+        base = adapted.model.base_model.model.bert(**tiny.batch()).pooler_output
+    head = adapted.initial.tensors
+    plain = base.detach() @ torch.from_numpy(head["classifier.weight"]).T + torch.from_numpy(head["classifier.bias"])
+    assert torch.allclose(logits(adapted.model), plain, atol=1e-6)
+
+
+@families
+def test_the_base_is_the_one_in_the_folder(tiny_model: Path, family: str) -> None:
+    adapted = tiny.load(tiny_model, family)
+    on_disk = transformers.AutoModel.from_pretrained(str(tiny_model)).state_dict()
+    held = {name: p for name, p in adapted.model.named_parameters() if not p.requires_grad}
+    for name, value in on_disk.items():
+        ends = (f"bert.{name}", f"bert.{name.replace('.weight', '.base_layer.weight')}")
+        found = [
+            p for key, p in held.items() if key.endswith((*ends, f"bert.{name.replace('.bias', '.base_layer.bias')}"))
+        ]
+        assert len(found) == 1, name
+        assert torch.equal(found[0], value)
+    assert adapted.base_parameters == sum(v.numel() for v in on_disk.values()) + 3 * 16 + 3
+
+
+def test_specifications_by_hand(tiny_model: Path) -> None:
+    lora = tiny.load(tiny_model, "lora").spec
+    query = lora.modules[0]
+    assert (query.path, query.kind, query.rank) == ("bert.encoder.layer.0.attention.self.query", "lora", 3)
+    assert query.scale == pytest.approx(5 / 3)
+    assert query.shapes == (("A", (3, 16)), ("B", (16, 3)))
+    assert lora.parameters == 4 * 2 * 3 * 16 + 3 * 16 + 3
+    assert tiny.load(tiny_model, "head_only").spec.parameters == 3 * 16 + 3
+    assert tiny.load(tiny_model, "prompt_tuning").spec.parameters == 4 * 16 + 3 * 16 + 3
+    # Keys and values 16 each, the attention's output 16, the feed-forward's input 24, in two layers.
+    assert tiny.load(tiny_model, "ia3").spec.parameters == 2 * (16 + 16 + 16 + 24) + 3 * 16 + 3
+    stabilised = tiny.load(tiny_model, Lora(rank=4, alpha=6.0, rank_stabilised=True)).spec.modules[0]
+    assert stabilised.scale == pytest.approx(3.0)
+    one_layer = tiny.load(tiny_model, Lora(rank=2, layers=(1,))).spec
+    assert all("layer.1." in module.path for module in one_layer.modules[:-1])
+
+
+@families
+def test_extract_undoes_install(tiny_model: Path, family: str) -> None:
+    adapted = tiny.load(tiny_model, family)
+    state = moved(adapted.initial)
+    models.install(adapted, state)
+    back = models.extract(adapted).tensors
+    for key, value in state.tensors.items():
+        # The scale 5/3 is divided out and multiplied in again: one rounding each.
+        np.testing.assert_allclose(back[key], value, rtol=2**-22, atol=0)
+        if not key.endswith(".B"):
+            assert back[key].tobytes() == value.tobytes()
+
+
+@pytest.mark.parametrize("alpha", [2.0, 8.0, 32.0])
+def test_extract_undoes_install_to_the_bit_where_the_scale_is_a_power_of_two(tiny_model: Path, alpha: float) -> None:
+    adapted = tiny.load(tiny_model, Lora(rank=4, alpha=alpha))
+    state = moved(adapted.initial)
+    models.install(adapted, state)
+    assert bits(models.extract(adapted).tensors) == bits(state.tensors)
+
+
+def test_what_is_extracted_is_a_copy(tiny_model: Path) -> None:
+    adapted = tiny.load(tiny_model)
+    before, state = models.extract(adapted), moved(adapted.initial)
+    held = bits(before.tensors)
+    models.install(adapted, state)
+    assert bits(before.tensors) == held == bits(adapted.initial.tensors)
+    installed = bits(state.tensors)
+    for binding in adapted.bindings.values():
+        binding.parameter.data.add_(1)
+    assert bits(state.tensors) == installed
+
+
+def test_the_product_of_the_factors_is_what_the_weight_changes_by(tiny_model: Path) -> None:
+    adapted = tiny.load(tiny_model, Lora(rank=3, alpha=5.0))
+    state = moved(adapted.initial)
+    models.install(adapted, state)
+    path = "bert.encoder.layer.0.attention.self.query"
+    layer = adapted.model.base_model.model.get_submodule(path)  # type: ignore[operator]
+    change = layer.get_delta_weight("default").detach().numpy()
+    np.testing.assert_allclose(change, state.tensors[f"{path}.B"] @ state.tensors[f"{path}.A"], rtol=1e-5, atol=1e-6)
+
+
+@families
+def test_an_adapter_drawn_under_one_seed_is_the_same_model_under_another(tiny_model: Path, family: str) -> None:
+    one, other = tiny.load(tiny_model, family, seed=1), tiny.load(tiny_model, family, seed=2)
+    assert one.spec.digest == other.spec.digest
+    assert bits(one.initial.tensors) != bits(other.initial.tensors)
+    state = moved(one.initial)
+    models.install(one, state)
+    models.install(other, state)
+    assert torch.equal(logits(one.model), logits(other.model))
+
+
+@families
+def test_one_seed_draws_one_adapter_and_leaves_the_global_generator(tiny_model: Path, family: str) -> None:
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    one = tiny.load(tiny_model, family, seed=7)
+    assert torch.equal(torch.rand(3), expected)
+    assert bits(one.initial.tensors) == bits(tiny.load(tiny_model, family, seed=7).initial.tensors)
+
+
+def test_another_base_has_another_digest(tiny_model: Path, tmp_path: Path) -> None:
+    other = tiny.build(tmp_path / "other", seed=1)
+    assert tiny.load(tiny_model).spec.digest != tiny.load(other).spec.digest
+
+
+def test_an_adapter_of_another_specification_is_refused(tiny_model: Path) -> None:
+    adapted, other = tiny.load(tiny_model), tiny.load(tiny_model, Lora(rank=4))
+    with pytest.raises(AdapterError, match="adapter: expected specification .*, found"):
+        models.install(adapted, other.initial)
+    broken = {**adapted.initial.tensors, "classifier.bias": np.full(3, np.nan, np.float32)}
+    before = bits(models.extract(adapted).tensors)
+    with pytest.raises(AdapterError, match=r"classifier\.bias: expected finite numbers"):
+        models.install(adapted, AdapterState(adapted.spec, broken))
+    assert bits(models.extract(adapted).tensors) == before
+
+
+# peft asks each model for a property that transformers has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@families
+def test_a_saved_adapter_loads_with_stock_libraries(tiny_model: Path, tmp_path: Path, family: str) -> None:
+    adapted = tiny.load(tiny_model, family, seed=1)
+    state = moved(adapted.initial)
+    models.save_adapter(adapted, state, tmp_path / "adapter")
+    models.install(adapted, state)
+    if family == "head_only":
+        loaded = stock(tmp_path / "adapter")
+    else:
+        loaded = peft.PeftModel.from_pretrained(stock(tiny_model), str(tmp_path / "adapter"))
+    assert torch.equal(logits(loaded), logits(adapted.model))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "adapter"))
+    assert tokenizer("good film")["input_ids"] == adapted.tokenizer("good film")["input_ids"]
+
+
+@pytest.mark.parametrize("family", ["lora", "ia3", "head_only"])
+def test_a_merged_model_is_a_stock_model_and_leaves_the_adapted_one_whole(
+    tiny_model: Path, tmp_path: Path, family: str
+) -> None:
+    adapted = tiny.load(tiny_model, family, seed=1)
+    state = moved(adapted.initial)
+    models.save_merged(adapted, state, tmp_path / "merged")
+    merged = logits(stock(tmp_path / "merged"))
+    models.install(adapted, state)
+    assert torch.allclose(merged, logits(adapted.model), atol=1e-4, rtol=1e-4)
+    assert bits(models.extract(adapted).tensors).keys() == bits(state.tensors).keys()
+    fresh = tiny.load(tiny_model, family, seed=2)
+    models.install(adapted, fresh.initial)
+    models.install(fresh, fresh.initial)
+    assert torch.equal(logits(adapted.model), logits(fresh.model))
+
+
+def test_a_prompt_cannot_be_merged(tiny_model: Path, tmp_path: Path) -> None:
+    adapted = tiny.load(tiny_model, "prompt_tuning")
+    with pytest.raises(ModelError, match="adapter family prompt_tuning: expected one that can be merged"):
+        models.save_merged(adapted, adapted.initial, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("content", [None, "empty", "garbage", "weights"])
+def test_a_model_that_cannot_be_loaded_is_one_sentence(tiny_model: Path, tmp_path: Path, content: str | None) -> None:
+    source = tmp_path / "model"
+    if content:
+        source.mkdir()
+    if content == "garbage":
+        (source / "config.json").write_text("{")
+    if content == "weights":
+        tiny.build(source)
+        (source / "model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(ModelError, match=r"model\.source .*: expected a model that transformers can load") as caught:
+        tiny.load(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_of_another_size_is_one_sentence(tmp_path: Path) -> None:
+    source = tiny.build(tmp_path / "five", labels=5)
+    with pytest.raises(ModelError, match=r"model\.source"):
+        tiny.load(source)
+
+
+def test_a_head_of_the_right_size_is_taken_over(tmp_path: Path) -> None:
+    source = tiny.build(tmp_path / "three", labels=3)
+    one, other = tiny.load(source, seed=1), tiny.load(source, seed=2)
+    assert bits({"w": one.initial.tensors["classifier.weight"]}) == bits(
+        {"w": other.initial.tensors["classifier.weight"]}
+    )
+
+
+@pytest.mark.parametrize(
+    "settings", [Lora(target_modules=("nothing",)), Lora(layers=(9,)), Lora(target_modules=("LayerNorm",))]
+)
+def test_a_target_that_the_model_has_not_is_one_sentence(tiny_model: Path, settings: Lora) -> None:
+    with pytest.raises(ModelError, match=r"adapter\.lora: expected settings that fit Bert"):
+        tiny.load(tiny_model, settings)
+
+
+def test_a_missing_gpu_is_one_sentence(tiny_model: Path) -> None:
+    if torch.cuda.is_available():
+        return
+    with pytest.raises(ModelError, match=r"model\.device: expected a CUDA device, found none"):
+        models.load(tiny.ModelConfig(source=str(tiny_model), device="cuda"), FAMILIES["lora"].build(), LABELS, 0)
+
+
+def test_a_text_shares_the_positions_with_the_virtual_tokens(tiny_model: Path) -> None:
+    assert models.most_tokens(tiny.load(tiny_model, "lora")) == 40
+    assert models.most_tokens(tiny.load(tiny_model, "prompt_tuning")) == 36
+
+
+def test_labels_are_written_into_the_model(tiny_model: Path) -> None:
+    adapted = tiny.load(tiny_model)
+    assert adapted.model.config.id2label == {0: "no", 1: "maybe", 2: "yes"}  # type: ignore[union-attr]
+
+
+def test_dropout_is_what_the_settings_say(tiny_model: Path) -> None:
+    for rate in (0.0, 0.3):
+        adapted = tiny.load(tiny_model, dropout=rate)
+        found = {m.p for m in adapted.model.modules() if isinstance(m, torch.nn.Dropout)}
+        assert found == {rate}
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from fedpeft import models
+from fedpeft.errors import RunFolderError
+from fedpeft.runs import write_folder
+from tests import tiny
+adapted = {family: tiny.load(Path(sys.argv[1]), family) for family in ("lora", "head_only")}
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+for one in adapted.values():
+    try:
+        write_folder(Path(sys.argv[2]), lambda folder: models.save_adapter(one, one.initial, folder))
+    except RunFolderError as error:
+        print(error)
+"""
+
+
+@pytest.mark.faults
+def test_a_full_disk_under_an_adapter_is_one_sentence_and_leaves_the_one_before(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    write_folder(folder, lambda scratch: (scratch / "before").touch())
+    made = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tiny_model), str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.count("adapter: expected room to write it, found ") == 2
+    assert made.stdout.count("File too large") == 2
+    assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "before"]
+    assert RunFolderError.exit_code == 2

@@ -1,0 +1,57 @@
+"""What a person sees of a run, in a terminal and in a log."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+
+from fedpeft.progress import watching
+
+START: dict[str, Any] = {
+    "engine": "local",
+    "config": {"name": "demo", "rounds": 3, "federation.cohort": 2, "federation.clients": 4},
+    "adapter": {"family": "lora", "trainable_parameters": 1200, "base_parameters": 2_000_000, "bytes": 4800},
+}
+ROUND: dict[str, Any] = {
+    "round": 1,
+    "loss": 0.5,
+    "bytes_up": 9600,
+    "bytes_down": 9600,
+    "evaluation": {"accuracy": 0.625},
+    "failures": [{"partition": 3, "reason": "no answer within the deadline"}],
+    "seconds": {"total": 2.0},
+}
+
+
+def shown(*, terminal: bool, quiet: bool = False) -> str:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=200, color_system=None)
+    with watching(console, quiet=quiet) as watcher:
+        watcher.start(START, 0)
+        watcher.reply(1, 0, True)
+        watcher.reply(1, 3, False)
+        watcher.round(ROUND)
+        watcher.bound("pooled data")
+    return text.getvalue()
+
+
+def test_a_log_gets_one_plain_line_for_each_thing() -> None:
+    lines = shown(terminal=False).splitlines()
+    assert len(lines) == 3
+    assert "3 rounds, 2 of 4 sites each" in lines[0]
+    for part in ("round   1", "0.500", "62.5 %", "9.60 kB up", "1 failed (site 3: no answer within the deadline)"):
+        assert part in lines[1]
+    assert lines[2] == "measuring the bound: pooled data"
+    assert "\x1b" not in "".join(lines)
+
+
+def test_a_terminal_gets_a_bar_of_clients_bytes_and_time_left() -> None:
+    text = shown(terminal=True)
+    for part in ("3 rounds, 2 of 4 sites each", "2/6", "19.2 kB moved", "left", "measuring the bound: pooled data"):
+        assert part in text
+
+
+def test_quiet_says_nothing() -> None:
+    assert shown(terminal=True, quiet=True) == ""
