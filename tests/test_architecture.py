@@ -58,6 +58,7 @@ ROOMS: dict[str, set[str]] = {
     "progress": GROUND | {"federate", "report"},
     "commands": COMPOSED | {"federate", "engines", "progress"},
     "cli": GROUND | {"assets", "commands"},
+    "__main__": {"cli"},
 }
 
 # Where each library lives: a room, or a pattern over a module's path inside fedpeft; "*" is everywhere.
@@ -82,7 +83,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 # What the folders beside fedpeft may import of this project; `simulations` may also import any library.
 APPS: dict[str, set[str]] = {
     "clients": {"clients", "fedpeft.engines"},
-    "server": {"server", "fedpeft.engines"},
+    "server": {"server", "fedpeft.engines", "cryptography"},
     "simulations": {"simulations", "clients", "server", "fedpeft"},
 }
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -90,7 +90,7 @@ def test_any_flipped_byte_is_one_sentence(tmp_path: Path, kind: str, bit: int) -
     data = path.read_bytes()
     for at in {0, 7, 8, 40, len(data) // 2, len(data) - 1}:
         path.write_bytes(data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :])
-        with pytest.raises(CheckpointError, match="corrupt.*resume from the round before") as caught:
+        with pytest.raises(CheckpointError, match=r"corrupt.*resume from the round before") as caught:
             checkpoint.load(tmp_path)
         assert caught.value.exit_code == 2
         assert "\n" not in str(caught.value)

@@ -169,5 +169,7 @@ def test_a_new_project_is_a_flower_app_that_checks(fedpeft: Command, tmp_path: P
         check=False,
     )
     assert built.returncode == 0, built.stdout + built.stderr
+    imported = [sys.executable, "-c", "import clients.app, server.app; clients.app.app, server.app.app"]
+    assert subprocess.run(imported, cwd=project, timeout=120, check=False).returncode == 0
     one_sentence(fedpeft("new", "my-hospital", folder=tmp_path), "my-hospital")
     one_sentence(fedpeft("new", "not a name", folder=tmp_path), "not a name")

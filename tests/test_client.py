@@ -129,6 +129,20 @@ def test_the_config_of_the_site_is_what_counts() -> None:
     assert handle(REQUEST, Memory(), site(0, config="mine"))[0].kind == "failure"
 
 
+class Rounding(Toy):
+    """Holds what it is given to a hundredth, as a model does that divides a scale out; learns nothing."""
+
+    def fit(self, adapter: AdapterState, job: FitJob) -> Fitted:
+        held = {key: np.round(value, 2) for key, value in adapter.tensors.items()}
+        return Fitted(held, held, 1, 1, job.position + 1, {"loss": 1.0})
+
+
+def test_a_delta_is_from_what_the_model_held_not_from_what_was_sent() -> None:
+    request = fit_request(strategy(), state(1 / 3, 2 / 3, 1 / 7), SESSION)
+    reply, _ = handle(request, Memory(), site(0, learner=Rounding(0)))
+    assert reply.body == bytes(12)
+
+
 class Diverging(Toy):
     """Comes back with numbers that are not finite in every tensor."""
 

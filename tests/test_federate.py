@@ -14,10 +14,9 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from fedpeft import checkpoint, journal
+from fedpeft import checkpoint, experiment, journal
 from fedpeft.config import RunConfig
 from fedpeft.errors import AdapterError, CheckpointError, PlanError, QuorumError, RunFolderError
-from fedpeft import experiment
 from fedpeft.experiment import adapted_model, task_of
 from fedpeft.federate import Watcher, federate, silent
 from fedpeft.models import install

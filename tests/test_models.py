@@ -146,7 +146,7 @@ def test_another_base_has_another_digest(tiny_model: Path, tmp_path: Path) -> No
 
 def test_an_adapter_of_another_specification_is_refused(tiny_model: Path) -> None:
     adapted, other = tiny.load(tiny_model), tiny.load(tiny_model, Lora(rank=4))
-    with pytest.raises(AdapterError, match="adapter: expected specification .*, found"):
+    with pytest.raises(AdapterError, match=r"adapter: expected specification .*, found"):
         models.install(adapted, other.initial)
     broken = {**adapted.initial.tensors, "classifier.bias": np.full(3, np.nan, np.float32)}
     before = bits(models.extract(adapted).tensors)

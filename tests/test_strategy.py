@@ -4,7 +4,7 @@ import pytest
 from fedpeft.codecs import dense
 from fedpeft.errors import FedPeftError, PlanError
 from fedpeft.merges import mean
-from fedpeft.stages import chain, freeze, keep_local
+from fedpeft.stages import chain, freeze, identity, keep_local
 from fedpeft.strategy import LAWS, check
 from tests.toys import RUN, SPEC, flat, state, strategy, update
 
@@ -18,6 +18,13 @@ def test_aggregate_by_hand() -> None:
     assert measures["update_norm"] == pytest.approx(np.sqrt(35))
     assert flat(before.adapter.tensors) == [1, 1, 1]
     assert before.round == 0
+
+
+def test_the_servers_half_of_a_stage_comes_before_the_optimiser() -> None:
+    doubled = identity()._replace(server=lambda delta: {key: 2 * value for key, value in delta.items()})
+    after, measures = strategy(doubled, rate=0.5).aggregate(state(1, 1, 1), [update((2, 0, 4))])
+    assert flat(after.adapter.tensors) == [3, 1, 5]
+    assert measures["update_norm"] == pytest.approx(np.sqrt(80))
 
 
 def test_init_and_finalize_hold_the_adapter_as_it_is() -> None:

@@ -23,7 +23,7 @@ from fedpeft.randomness import rng
 from fedpeft.tasks import Example, build_task
 from fedpeft.training import TorchLearner, batches_from, evaluate, learning_rate_factor, use_threads
 from tests import tiny
-from tests.tiny import FAMILIES, LABELS, moved
+from tests.tiny import FAMILIES, LABELS, WORDS, moved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 families = pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -35,12 +35,9 @@ TASK = build_task(SequenceClassification(labels=LABELS, max_tokens=16))
 def some(count: int, length: int = 0, seed: int = 0) -> tuple[Example, ...]:
     """Examples of the same `length`, or of lengths from 3 to 9."""
     random = rng(seed, "examples")
-    return tuple(
-        Example(
-            (2, *random.integers(5, 27, (length or int(random.integers(3, 10))) - 2), 3), at % 3, ("a", "b")[at % 2]
-        )
-        for at in range(count)
-    )
+    lengths = [(length or int(random.integers(3, 10))) - 2 for _ in range(count)]
+    words = [random.integers(5, 5 + len(WORDS), inner) for inner in lengths]
+    return tuple(Example((2, *words[at], 3), at % 3, ("a", "b")[at % 2]) for at in range(count))
 
 
 def learner(adapted: AdaptedModel, examples: tuple[Example, ...] = (), **settings: Any) -> TorchLearner:

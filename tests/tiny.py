@@ -24,7 +24,7 @@ from fedpeft.models import AdaptedModel
 from fedpeft.randomness import rng
 from fedpeft.runs import RunFolder
 
-WORDS = "good bad fine poor great dull film shop news tweet very not so the a is was it this that we they".split()
+WORDS = ("good", "bad", "fine", "poor", "great", "dull", "film", "shop", "news", "tweet", "very", "not", "so", "the")
 LABELS = ("no", "maybe", "yes")
 FAMILIES = {
     "lora": Lora(rank=3, alpha=5.0),

@@ -162,6 +162,7 @@ def federate(root: Path, made: rounds.Plan, clients: int = 3, plan: Strategy | N
         journal.truncate(ledger, start.round)
     else:
         start = state()
+        ledger.unlink(missing_ok=True)
         journal.append(ledger, {"event": "start"})
         checkpoint.save(states, start)
 

@@ -130,7 +130,12 @@ def _start(config: RunConfig) -> list[dict[str, Any]]:
     import ray
 
     address = config.compute.ray_address or os.environ.get("RAY_ADDRESS", "")
-    here = {"num_cpus": os.cpu_count() or 1, "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
+    here = {
+        "address": "local",
+        "num_cpus": os.cpu_count() or 1,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+    }
     where: dict[str, Any] = {"address": address} if address else here
     try:
         _require_listener(address)
