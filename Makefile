@@ -11,13 +11,12 @@ PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-che
 STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 SAY := printf '== %s\n'
 
-# Nothing is looked up on a network at run time, and processes that share cores do not spin.
+# Nothing is looked up on a network at run time.
 export HF_HUB_OFFLINE := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export TOKENIZERS_PARALLELISM := false
-export OMP_WAIT_POLICY := PASSIVE
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help setup install assets browser demo test check format format-check lint types tests constraints

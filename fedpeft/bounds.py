@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpeft.adapters import AdapterState
+from fedpeft.adapters import AdapterSpec, AdapterState
 from fedpeft.client import FitJob
 from fedpeft.config import RunConfig, choose
 from fedpeft.experiment import adapted_model, deal_rows, evaluator_of, learner_of, site_examples
@@ -80,9 +80,14 @@ def _train_alone(config: RunConfig, examples: tuple[Example, ...], steps: int, p
     """The score of an adapter trained on `examples` for `steps` with one learning-rate schedule over them all."""
     adapted = adapted_model(config)
     alone = replace(config, rounds=1, training=replace(config.training, steps=steps))
-    job = FitJob(round=1, partition=partition, frozen=(), position=0)
+    job = FitJob(round=1, partition=partition, frozen=_frozen(config, adapted.spec), position=0)
     fitted = learner_of(alone, examples).fit(adapted.initial, job)
     return dict(evaluator_of(config)(AdapterState(adapted.spec, fitted.after)))
+
+
+def _frozen(config: RunConfig, spec: AdapterSpec) -> tuple[str, ...]:
+    """What the federation does not train either; a head on a frozen base is trained all the same."""
+    return () if config.adapter.name == "head_only" else config.aggregation.stages.build().frozen(spec)
 
 
 def _pooled(config: RunConfig) -> tuple[Example, ...]:

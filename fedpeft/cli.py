@@ -173,7 +173,6 @@ def options(
 def main() -> None:
     """Runs the command line; a user's mistake ends in one sentence, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except FedPeftError as error:

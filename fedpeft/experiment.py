@@ -65,7 +65,15 @@ def strategy_of(config: RunConfig) -> Strategy:
 
 
 def check_plan(config: RunConfig, adapted: AdaptedModel) -> None:
-    """Raises PlanError if two settings cannot go together, AdapterError if a pattern matches no tensor."""
+    """Raises an error if the plan cannot be run.
+
+    Raises:
+        PlanError: two settings cannot go together.
+        AdapterError: a pattern matches no tensor.
+        DataError: the task cannot use some site's rows.
+    """
+    for partition, rows in enumerate(deal_rows(config).sites):
+        task_of(config).require(rows, f"partition {partition}")
     parts = config.aggregation
     check(parts.stages.build(), parts.codec.chosen.build(), parts.merge.chosen.build(), adapted.spec)
     room, virtual = most_tokens(adapted), int(adapted.family.peft.get("num_virtual_tokens", 0))

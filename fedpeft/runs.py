@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedpeft.config import RunConfig, digest, load, override, to_toml
+from fedpeft.config import RunConfig, load, override, to_flat, to_toml
 from fedpeft.errors import ConfigError, RunFolderError, sentence
 from fedpeft.files import write_atomically
 
@@ -53,7 +53,7 @@ def folder_for(config: RunConfig) -> RunFolder:
         RunFolderError: it exists and is not empty.
     """
     root = Path(config.out or Path("runs") / config.name).absolute()
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+    if root.exists() and (not root.is_dir() or any(not _unfinished(path) for path in root.iterdir())):
         raise RunFolderError(
             sentence(
                 str(root),
@@ -95,16 +95,27 @@ def reopen(root: Path, overrides: list[str]) -> tuple[RunFolder, RunConfig]:
         )
     stored = load(folder.config)
     config = override(stored, [*overrides, f"out={folder.root}"])
-    if digest(config) != digest(stored):
+    if _result_of(config) != _result_of(stored):
         raise ConfigError(
             sentence(
                 "--set with --resume",
-                expected="only evaluation.*, compute.* or model.device",
+                expected="only compute.*, model.device or evaluation.batch_size",
                 found=", ".join(overrides),
                 remedy="start a new run for other settings",
             )
         )
     return folder, config
+
+
+def _result_of(config: RunConfig) -> dict[str, object]:
+    """The settings that decide what the run ends with."""
+    free = ("name", "out", "compute.", "model.device", "evaluation.batch_size")
+    return {key: value for key, value in to_flat(config).items() if not key.startswith(free)}
+
+
+def _unfinished(path: Path) -> bool:
+    """Whether the path is what a kill left of an atomic write."""
+    return path.name.startswith(".") and path.name.endswith(".part")
 
 
 @contextlib.contextmanager

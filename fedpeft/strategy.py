@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedpeft.adapters import AdapterSpec, AdapterState, norm
+from fedpeft.adapters import AdapterSpec, AdapterState, Tensors, norm
 from fedpeft.codecs import Codec
-from fedpeft.errors import PlanError
+from fedpeft.errors import FederationError, PlanError, sentence
 from fedpeft.merges import Merge
 from fedpeft.optimizers import Optimizer
 from fedpeft.stages import Stage
@@ -22,7 +22,7 @@ class Strategy(NamedTuple):
 
     `init(run, seed, adapter)` is the state before round 1. `aggregate(state, updates)` is the state after a
     round and figures about it; updates are taken one by one, as they come, and a result that is not finite is
-    an AdapterError. `finalize(state)` is the adapter that a user deploys. `stage` and `codec` are the halves
+    a FederationError. `finalize(state)` is the adapter that a user deploys. `stage` and `codec` are the halves
     that clients run too.
     """
 
@@ -56,12 +56,25 @@ def build(stage: Stage, codec: Codec, merge: Merge, optimizer: Optimizer) -> Str
         delta = stage.server(delta)
         with np.errstate(over="ignore"):  # an adapter beyond float32 is refused below, in words
             moments, tensors = optimizer.apply(state.optimizer, state.adapter.tensors, delta)
-        state.adapter.spec.require(tensors, f"adapter after round {state.round + 1}")
+        _require_finite(tensors, state.round + 1)
         adapter = replace(state.adapter, tensors=tensors)
         after = replace(state, round=state.round + 1, adapter=adapter, optimizer=moments)
         return after, {"update_norm": norm(delta), **measures}
 
     return Strategy(stage, codec, init, aggregate, lambda state: state.adapter)
+
+
+def _require_finite(tensors: Tensors, round_: int) -> None:
+    for key, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise FederationError(
+                sentence(
+                    f"adapter after round {round_}, tensor {key}",
+                    expected="finite float32 numbers",
+                    found="NaN or infinity",
+                    remedy="lower aggregation.optimizer.sgd.learning_rate or training.learning_rate",
+                )
+            )
 
 
 def check(stage: Stage, codec: Codec, merge: Merge, spec: AdapterSpec) -> None:

@@ -32,6 +32,12 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path, kind: str) -> 
         folder_for(RunConfig(out=str(taken)))
 
 
+def test_what_a_kill_left_of_an_atomic_write_is_not_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.toml.x1.part").write_text("seed =")
+    assert folder_for(RunConfig(out=str(tmp_path / "run"))).root == tmp_path / "run"
+
+
 def test_settings_are_written_as_resolved_and_found_again(tmp_path: Path) -> None:
     config = RunConfig(name="one", out=str(tmp_path / "run"), seed=5)
     folder = folder_for(config)
@@ -50,11 +56,14 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
 def test_what_cannot_change_the_result_may_be_overridden(tmp_path: Path) -> None:
     config = RunConfig(out=str(tmp_path / "run"))
     create(RunFolder(tmp_path / "run"), config)
-    _, again = reopen(tmp_path / "run", ["evaluation.every=3", "compute.threads=1", "model.device=cpu"])
-    assert (again.evaluation.every, again.compute.threads, again.model.device) == (3, 1, "cpu")
+    _, again = reopen(tmp_path / "run", ["evaluation.batch_size=3", "compute.threads=1", "model.device=cpu"])
+    assert (again.evaluation.batch_size, again.compute.threads, again.model.device) == (3, 1, "cpu")
 
 
-@pytest.mark.parametrize("change", ["seed=9", "rounds=99", "training.steps=3", "federation.clients=50"])
+@pytest.mark.parametrize(
+    "change",
+    ["seed=9", "rounds=99", "training.steps=3", "federation.clients=50", "evaluation.patience=1", "evaluation.every=3"],
+)
 def test_what_would_make_it_another_run_is_refused(tmp_path: Path, change: str) -> None:
     create(RunFolder(tmp_path / "run"), RunConfig(out=str(tmp_path / "run")))
     with pytest.raises(ConfigError, match="--set with --resume: expected only"):

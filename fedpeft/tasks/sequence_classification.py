@@ -31,9 +31,19 @@ def encode(rows: Sequence[Row], tokenizer: Any, settings: SequenceClassification
     Raises:
         DataError: a row's label is not among the task's labels.
     """
+    require_labels(rows, settings, place)
     numbers = {name: number for number, name in enumerate(settings.labels)}
+    if not rows:
+        return ()
+    limit = min(settings.max_tokens, tokenizer.model_max_length)
+    ids = tokenizer([row.text for row in rows], truncation=True, max_length=limit)["input_ids"]
+    return tuple(Example(tuple(ids[i]), numbers[row.label], row.group) for i, row in enumerate(rows))
+
+
+def require_labels(rows: Sequence[Row], settings: SequenceClassification, place: str) -> None:
+    """Raises DataError, naming the row, if a label is not among the task's."""
     for at, row in enumerate(rows):
-        if row.label not in numbers:
+        if row.label not in settings.labels:
             raise DataError(
                 sentence(
                     f"{place}, row {at + 1}",
@@ -42,11 +52,6 @@ def encode(rows: Sequence[Row], tokenizer: Any, settings: SequenceClassification
                     remedy="correct the row, or name the label in task.sequence_classification.labels",
                 )
             )
-    if not rows:
-        return ()
-    limit = min(settings.max_tokens, tokenizer.model_max_length)
-    ids = tokenizer([row.text for row in rows], truncation=True, max_length=limit)["input_ids"]
-    return tuple(Example(tuple(ids[i]), numbers[row.label], row.group) for i, row in enumerate(rows))
 
 
 def collate(examples: Sequence[Example], pad: int, device: torch.device) -> dict[str, torch.Tensor]:

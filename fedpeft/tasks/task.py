@@ -20,12 +20,14 @@ from fedpeft.tasks.sequence_classification import Example
 class Task(NamedTuple):
     """From rows to a loss and figures.
 
-    `encode(rows, tokenizer, place)` tokenises once; `collate(examples, pad, device)` makes a batch;
+    `require(rows, place)` raises DataError for a row that the task cannot use; `encode(rows, tokenizer, place)`
+    tokenises once; `collate(examples, pad, device)` makes a batch;
     `loss(model, batch)` is the mean over it; `score(model, batch)` gives losses and predictions one by one;
     `figures(losses, predictions, labels)` are what a journal holds.
     """
 
     labels: tuple[str, ...]
+    require: Callable[[Sequence[Row], str], None]
     encode: Callable[[Sequence[Row], Any, str], tuple[Example, ...]]
     collate: Callable[[Sequence[Example], int, torch.device], dict[str, torch.Tensor]]
     loss: Callable[[nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]
@@ -41,6 +43,9 @@ def build_task(settings: object) -> Task:
 
 @build_task.register
 def _(settings: SequenceClassification) -> Task:
+    def require(rows: Sequence[Row], place: str) -> None:
+        sequence_classification.require_labels(rows, settings, place)
+
     def encode(rows: Sequence[Row], tokenizer: Any, place: str) -> tuple[Example, ...]:
         return sequence_classification.encode(rows, tokenizer, settings, place)
 
@@ -49,6 +54,7 @@ def _(settings: SequenceClassification) -> Task:
 
     return Task(
         settings.labels,
+        require,
         encode,
         sequence_classification.collate,
         sequence_classification.loss,
