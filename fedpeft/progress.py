@@ -28,10 +28,10 @@ def watching(console: Console, *, quiet: bool) -> Iterator[Watcher]:
 def _plain(console: Console) -> Watcher:
     """One line for the start, each round and each bound; single replies are not worth one."""
     return Watcher(
-        start=lambda record, done: console.print(_headline(record, done), highlight=False),
+        start=lambda record, done: console.print(_headline(record, done), highlight=False, soft_wrap=True),
         reply=lambda round_, partition, usable: None,  # noqa: ARG005
-        round=lambda record: console.print(_round_line(record), highlight=False),
-        bound=lambda name: console.print(f"measuring the bound: {name}", highlight=False),
+        round=lambda record: console.print(_round_line(record), highlight=False, soft_wrap=True),
+        bound=lambda name: console.print(f"measuring the bound: {name}", highlight=False, soft_wrap=True),
     )
 
 

@@ -42,7 +42,10 @@ def costs(config: RunConfig) -> Table:
         ("a round moves", f"{human_bytes(cohort * (up + down))} over {cohort} clients"),
         ("the run moves", f"{human_bytes(rounds * cohort * (up + down))} over {rounds} rounds"),
         ("the full model would move", human_bytes(rounds * cohort * 8 * base)),
-        ("memory to train", f"{human_bytes(4 * base + fit_bytes)}: base, adapter, AdamW and one longest batch"),
+        (
+            "memory to train",
+            f"{human_bytes(4 * base + fit_bytes)}: base, adapter, AdamW, one longest batch; libraries apart",
+        ),
         ("rows to train on", f"{dealt.report.train_rows}, of which sites hold {sum(map(len, dealt.sites))}"),
         ("held-out rows", f"{dealt.report.test_rows}, {dealt.report.test_overlap:.1%} also in training"),
         ("repeats removed", str(dealt.report.repeats_removed)),
