@@ -88,6 +88,8 @@ def _round_line(record: dict[str, Any]) -> str:
     parts = [f"round {record['round']:>3}", f"training loss {record['loss']:.3f}"]
     if record["evaluation"]:
         parts.append(f"held-out accuracy {percent(record['evaluation']['accuracy'])}")
+    if record.get("merge_error") is not None:
+        parts.append(f"merge error {percent(record['merge_error'])}")
     parts.append(f"{human_bytes(record['bytes_up'])} up, {human_bytes(record['bytes_down'])} down")
     if record["failures"]:
         first = record["failures"][0]

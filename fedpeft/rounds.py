@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fedpeft.adapters import AdapterSpec, AdapterState
 from fedpeft.errors import FedPeftError, QuorumError, sentence
 from fedpeft.randomness import rng
-from fedpeft.strategy import Strategy
+from fedpeft.strategy import Measures, Strategy
 from fedpeft.updates import ServerState, Update
 from fedpeft.wire import (
     MOST_EXAMPLES,
@@ -236,7 +236,7 @@ def _client_record(partition: int, reply: Packet, update: Update) -> Record:
 
 def _aggregate(
     strategy: Strategy, plan: Plan, state: ServerState, updates: Iterator[Update], seen: _Collected
-) -> tuple[ServerState, Mapping[str, float]]:
+) -> tuple[ServerState, Measures]:
     """Merges `updates` while they come; the quorum is judged before anything reaches the state."""
     first = next(updates, None)
     if first is None:

@@ -11,10 +11,13 @@ import numpy as np
 from fedpeft.adapters import AdapterSpec, AdapterState, Tensors, norm
 from fedpeft.codecs import Codec
 from fedpeft.errors import FederationError, PlanError, sentence
-from fedpeft.merges import Merge
+from fedpeft.merges import Merge, exactness
 from fedpeft.optimizers import Optimizer
 from fedpeft.stages import Stage
 from fedpeft.updates import ServerState, Update
+
+Measures = Mapping[str, float | Mapping[str, float]]
+"""Figures of one round for the journal, by name; some by module."""
 
 
 class Strategy(NamedTuple):
@@ -29,7 +32,7 @@ class Strategy(NamedTuple):
     stage: Stage
     codec: Codec
     init: Callable[[str, int, AdapterState], ServerState]
-    aggregate: Callable[[ServerState, Iterable[Update]], tuple[ServerState, Mapping[str, float]]]
+    aggregate: Callable[[ServerState, Iterable[Update]], tuple[ServerState, Measures]]
     finalize: Callable[[ServerState], AdapterState]
 
 
@@ -48,18 +51,23 @@ def build(stage: Stage, codec: Codec, merge: Merge, optimizer: Optimizer) -> Str
             run=run, round=0, seed=seed, adapter=adapter, optimizer=optimizer.init(stage.shared(adapter.spec))
         )
 
-    def aggregate(state: ServerState, updates: Iterable[Update]) -> tuple[ServerState, Mapping[str, float]]:
-        fold = merge.init(stage.shared(state.adapter.spec))
+    def aggregate(state: ServerState, updates: Iterable[Update]) -> tuple[ServerState, Measures]:
+        before, spec = state.adapter.tensors, state.adapter.spec
+        fold, target = merge.init(stage.shared(spec)), exactness.begin()
+        modules = exactness.measured_modules(spec, stage.local(spec))
         for update in updates:
             fold = merge.add(fold, update)
+            target = exactness.add(target, modules, before, update.delta, merge.weigh(update))
         delta, measures = merge.finish(fold)
+        errors = exactness.errors(target, before, delta)
         delta = stage.server(delta)
         with np.errstate(over="ignore"):  # an adapter beyond float32 is refused below, in words
-            moments, tensors = optimizer.apply(state.optimizer, state.adapter.tensors, delta)
+            moments, tensors = optimizer.apply(state.optimizer, before, delta)
         _require_finite(tensors, state.round + 1)
         adapter = replace(state.adapter, tensors=tensors)
         after = replace(state, round=state.round + 1, adapter=adapter, optimizer=moments)
-        return after, {"update_norm": norm(delta), **measures}
+        found: Measures = {"merge_error": errors.pop(""), "merge_errors": errors} if modules else {}
+        return after, {"update_norm": norm(delta), **measures, **found}
 
     return Strategy(stage, codec, init, aggregate, lambda state: state.adapter)
 

@@ -17,6 +17,7 @@ START: dict[str, Any] = {
 ROUND: dict[str, Any] = {
     "round": 1,
     "loss": 0.5,
+    "merge_error": 0.25,
     "bytes_up": 9600,
     "bytes_down": 9600,
     "evaluation": {"accuracy": 0.625},
@@ -41,7 +42,14 @@ def test_a_log_gets_one_plain_line_for_each_thing() -> None:
     lines = shown(terminal=False).splitlines()
     assert len(lines) == 3
     assert "3 rounds, 2 of 4 sites each" in lines[0]
-    for part in ("round   1", "0.500", "62.5 %", "9.60 kB up", "1 failed (site 3: no answer within the deadline)"):
+    for part in (
+        "round   1",
+        "0.500",
+        "62.5 %",
+        "merge error 25.0 %",
+        "9.60 kB up",
+        "1 failed (site 3: no answer within the deadline)",
+    ):
         assert part in lines[1]
     assert lines[2] == "measuring the bound: pooled data"
     assert "\x1b" not in "".join(lines)

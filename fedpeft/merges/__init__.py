@@ -1,6 +1,7 @@
 """Merges: how the updates of a round become one delta."""
 
+from fedpeft.merges import exactness
 from fedpeft.merges.mean import mean
 from fedpeft.merges.merge import WEIGHTS, Merge, Merged
 
-__all__ = ["WEIGHTS", "Merge", "Merged", "mean"]
+__all__ = ["WEIGHTS", "Merge", "Merged", "exactness", "mean"]

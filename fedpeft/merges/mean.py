@@ -52,4 +52,4 @@ def mean(weights: str) -> Merge:
         variance = max(0.0, state.squares / state.weight - size**2)
         return Merged(delta, {"drift": math.sqrt(variance) / size if size else math.nan})
 
-    return Merge(init, add, finish, reads="sum", linear=True)
+    return Merge(init, add, finish, weigh, reads="sum", linear=True)

@@ -26,12 +26,14 @@ class Merged(NamedTuple):
 class Merge(NamedTuple):
     """`init(spec)`, then `add(state, update)` for each update, then `finish(state)`.
 
-    `reads` is "sum" where the rule needs no more than the weighted sum of updates, "each" where it must see
-    each one. `linear`: scaling every update scales the result.
+    `weigh(update)` is how much an update counts, before weights are divided by their sum. `reads` is "sum" where
+    the rule needs no more than the weighted sum of updates, "each" where it must see each one. `linear`: scaling
+    every update scales the result.
     """
 
     init: Callable[[AdapterSpec], Any]
     add: Callable[[Any, Update], Any]
     finish: Callable[[Any], Merged]
+    weigh: Callable[[Update], float]
     reads: str
     linear: bool

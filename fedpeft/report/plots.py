@@ -30,6 +30,7 @@ def plots(records: Sequence[Record]) -> list[Plot]:
         group_accuracy_plot,
         loss_plot,
         drift_plot,
+        merge_error_plot,
         round_bytes_plot,
         total_bytes_plot,
         partition_plot,
@@ -124,6 +125,26 @@ def drift_plot(run: History) -> Plot | None:
         drawing.legend(figure, handles, ["merged update", "one site's update"])
     caption = "Above 1, the sites pull apart more than they pull together."
     return Plot("drift", "Client drift", caption, figure)
+
+
+def merge_error_plot(run: History) -> Plot | None:
+    """How far each round's merge was from the exact mean, in all and for each module."""
+    measured = [record for record in run.rounds if record.get("merge_error") is not None]
+    if not measured:
+        return None
+    with drawing.style():
+        figure = drawing.new_figure()
+        axes = figure.subplots()
+        for module in sorted({name for record in measured for name in record["merge_errors"]}):
+            points = [(record["round"], record["merge_errors"].get(module)) for record in measured]
+            axes.plot(*_columns([point for point in points if point[1] is not None]), color=FAINT, linewidth=0.8)
+        _line(axes, measured, _value("merge_error"), FEDERATION)
+        axes.set_ylim(bottom=0)
+        drawing.percent_axis(axes)
+        drawing.rounds_axis(axes, _numbers(measured))
+        drawing.legend(figure, [_key(FEDERATION), _key(FAINT)], ["all modules", "one module"])
+    caption = "Distance of the merged product B·A from the mean of the sites' products, over that mean; 0 is exact."
+    return Plot("merge-error", "Error of the merge", caption, figure)
 
 
 def round_bytes_plot(run: History) -> Plot | None:

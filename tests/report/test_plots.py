@@ -11,7 +11,14 @@ import pytest
 from fedpeft.errors import FedPeftError
 from fedpeft.report.drawing import Plot, inline_svg, label, write_picture
 from fedpeft.report.history import history
-from fedpeft.report.plots import accuracy_plot, comparison_plots, drift_plot, group_accuracy_plot, plots
+from fedpeft.report.plots import (
+    accuracy_plot,
+    comparison_plots,
+    drift_plot,
+    group_accuracy_plot,
+    merge_error_plot,
+    plots,
+)
 from fedpeft.report.sites import participation_plot, partition_picture
 
 WHOLE = {
@@ -160,3 +167,16 @@ def test_another_picture_format_is_refused_in_one_sentence(records, tmp_path):
 def test_drawing_needs_no_pyplot(records):
     plots(records)
     assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_the_error_of_the_merge_is_drawn_for_all_and_for_each_module(records):
+    assert merge_error_plot(history(records)) is None
+    measured = [
+        {**record, "merge_error": 0.1, "merge_errors": {"q": 0.05, "v": None}} if record["event"] == "round" else record
+        for record in records
+    ]
+    plot = merge_error_plot(history(measured))
+    assert plot is not None
+    heights = [set(line.get_ydata()) for line in plot.figure.axes[0].lines]
+    assert heights == [{0.05}, set(), {0.1}]
+    assert "merge-error" in [each.name for each in plots(measured)]
