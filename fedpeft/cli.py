@@ -103,11 +103,12 @@ def report(
     pictures: Annotated[
         Path | None, typer.Option(help="A folder for the plots of one run, as SVG files.", show_default=False)
     ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the result as a Markdown table.")] = False,
 ) -> None:
-    """Write report.html of a run, or one page that compares several."""
+    """Write report.html of a run, or one page that compares several; --markdown prints the table instead."""
     from fedpeft.commands.report import run_report
 
-    run_report(runs, out, pictures)
+    run_report(runs, out, pictures, markdown=markdown)
 
 
 @app.command()

@@ -146,7 +146,10 @@ def test_a_run_from_settings_to_export(fedpeft: Command, tiny_run: str, tmp_path
     names = {item.name for item in (tmp_path / "run").iterdir()}
     assert {"adapter", "checkpoint", "config.toml", "journal.jsonl", "report.html"} <= names
 
-    assert fedpeft("report", "run", folder=tmp_path).returncode == 0
+    assert fedpeft("report", "run", "--pictures", "plots", folder=tmp_path).returncode == 0
+    assert (tmp_path / "plots" / "merge-error.svg").exists()
+    assert "| federation |" in fedpeft("report", "run", "--markdown", folder=tmp_path).stdout
+    assert "| run |" in fedpeft("report", "run", "run", "--markdown", folder=tmp_path).stdout
     assert fedpeft("export", "run", "--out", "merged", "--merged", folder=tmp_path).returncode == 0
     assert (tmp_path / "merged" / "model.safetensors").exists()
     one_sentence(fedpeft("export", "run", "--out", "merged", folder=tmp_path), "merged")

@@ -13,7 +13,6 @@ from fedpeft.adapters.spec import (
     norm,
     spec_from_fields,
     spec_to_fields,
-    zeros,
 )
 
 __all__ = [
@@ -29,5 +28,4 @@ __all__ = [
     "prompt_tuning",
     "spec_from_fields",
     "spec_to_fields",
-    "zeros",
 ]

@@ -136,11 +136,6 @@ class AdapterState:
     tensors: Tensors
 
 
-def zeros(spec: AdapterSpec) -> dict[str, np.ndarray]:
-    """A zero for every tensor of `spec`."""
-    return {key: np.zeros(shape, np.float32) for key, shape in spec.shapes.items()}
-
-
 def norm(tensors: Tensors) -> float:
     """The Euclidean norm over all tensors, accumulated in float64."""
     return float(np.sqrt(sum(float(np.vdot(v := value.astype(np.float64), v)) for value in tensors.values())))
