@@ -10,7 +10,7 @@ import numpy as np
 
 from fedpeft.adapters import AdapterSpec, AdapterState, Tensors, norm
 from fedpeft.codecs import Codec
-from fedpeft.errors import FederationError, PlanError, sentence
+from fedpeft.errors import AdapterError, FederationError, PlanError
 from fedpeft.merges import Merge, exactness
 from fedpeft.optimizers import Optimizer
 from fedpeft.stages import Stage
@@ -63,34 +63,28 @@ def build(stage: Stage, codec: Codec, merge: Merge, optimizer: Optimizer) -> Str
         delta = stage.server(delta)
         with np.errstate(over="ignore"):  # an adapter beyond float32 is refused below, in words
             moments, tensors = optimizer.apply(state.optimizer, before, delta)
-        _require_finite(tensors, state.round + 1)
+        _require_finite(spec, tensors, state.round + 1)
         adapter = replace(state.adapter, tensors=tensors)
         after = replace(state, round=state.round + 1, adapter=adapter, optimizer=moments)
-        found: Measures = {"merge_error": errors.pop(""), "merge_errors": errors} if modules else {}
+        found: Measures = {"merge_error": errors.overall, "merge_errors": errors.by_module} if modules else {}
         return after, {"update_norm": norm(delta), **measures, **found}
 
     return Strategy(stage, codec, init, aggregate, lambda state: state.adapter)
 
 
-def _require_finite(tensors: Tensors, round_: int) -> None:
-    for key, value in tensors.items():
-        if not np.isfinite(value).all():
-            raise FederationError(
-                sentence(
-                    f"adapter after round {round_}, tensor {key}",
-                    expected="finite float32 numbers",
-                    found="NaN or infinity",
-                    remedy="lower aggregation.optimizer.sgd.learning_rate or training.learning_rate",
-                )
-            )
+def _require_finite(spec: AdapterSpec, tensors: Tensors, round_: int) -> None:
+    try:
+        spec.require(tensors, f"adapter after round {round_}")
+    except AdapterError as error:  # nobody's mistake in what was asked: the run itself has failed
+        raise FederationError(str(error)) from error
 
 
 def check(stage: Stage, codec: Codec, merge: Merge, spec: AdapterSpec) -> None:
     """Raises PlanError, naming the two choices that clash, if the plan breaks one of `LAWS`."""
     for law in LAWS:
-        sentence = law.broken(stage, codec, merge, spec)
-        if sentence:
-            raise PlanError(sentence)
+        reason = law.broken(stage, codec, merge, spec)
+        if reason:
+            raise PlanError(reason)
 
 
 def _frozen_and_local(stage: Stage, codec: Codec, merge: Merge, spec: AdapterSpec) -> str:  # noqa: ARG001

@@ -33,6 +33,13 @@ class Target(NamedTuple):
     sums: Mapping[str, Factors]
 
 
+class Errors(NamedTuple):
+    """Relative errors: of all modules together, and of each by path; NaN where T is 0."""
+
+    overall: float
+    by_module: Mapping[str, float]
+
+
 def measured_modules(spec: AdapterSpec, hidden: Collection[str]) -> tuple[str, ...]:
     """Paths of the LoRA modules of which the server sees both factors; `hidden` tensors stay with their clients."""
     seen = (module.path for module in spec.modules if module.kind == "lora")
@@ -54,11 +61,8 @@ def add(target: Target, modules: tuple[str, ...], received: Tensors, delta: Tens
     return Target(target.weight + weight, sums)
 
 
-def errors(target: Target, received: Tensors, delta: Tensors) -> dict[str, float]:
-    """The relative error, if all move by `delta`, of each module, and of all together under the key `""`.
-
-    An error is NaN where T is 0.
-    """
+def errors(target: Target, received: Tensors, delta: Tensors) -> Errors:
+    """How far from the target the adapter is that was received and then moved by `delta`."""
     found, missed, wanted = {}, 0.0, 0.0
     for path, total in target.sums.items():
         exact = Factors(total.b / target.weight, total.a)
@@ -66,7 +70,7 @@ def errors(target: Target, received: Tensors, delta: Tensors) -> dict[str, float
         gap, size = frobenius(stack(applied, Factors(-exact.b, exact.a))), frobenius(exact)
         found[path] = gap / size if size else math.nan
         missed, wanted = missed + gap**2, wanted + size**2
-    return {**found, "": math.sqrt(missed / wanted) if wanted else math.nan}
+    return Errors(math.sqrt(missed / wanted) if wanted else math.nan, found)
 
 
 def stack(one: Factors, other: Factors) -> Factors:
