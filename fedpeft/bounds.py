@@ -12,7 +12,7 @@ import numpy as np
 from fedpeft.adapters import AdapterSpec, AdapterState
 from fedpeft.client import FitJob
 from fedpeft.config import RunConfig, choose
-from fedpeft.experiment import adapted_model, deal_rows, evaluator_of, learner_of, site_examples
+from fedpeft.experiment import adapted_model, deal_rows, evaluator_of, learner_of, site_examples, strategy_of
 from fedpeft.tasks import Example
 
 _POOLED, _FROZEN = -2, -3
@@ -86,8 +86,8 @@ def _train_alone(config: RunConfig, examples: tuple[Example, ...], steps: int, p
 
 
 def _frozen(config: RunConfig, spec: AdapterSpec) -> tuple[str, ...]:
-    """What the federation does not train either; a head on a frozen base is trained all the same."""
-    return () if config.adapter.name == "head_only" else config.aggregation.stages.build().frozen(spec)
+    """What the federation never trains either; a head on a frozen base is trained all the same."""
+    return () if config.adapter.name == "head_only" else strategy_of(config).stage.constant(spec)
 
 
 def _pooled(config: RunConfig) -> tuple[Example, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 from fedpeft.adapters import AdapterState, spec_from_fields, spec_to_fields
 from fedpeft.errors import CheckpointError, sentence
 from fedpeft.files import encode_tensors, read_tensors, write_atomically
-from fedpeft.updates import ServerState
+from fedpeft.updates import Drift, Holding, ServerState
 
 KEPT_CHECKPOINTS = 2
 
@@ -27,13 +27,17 @@ def save(folder: Path, state: ServerState) -> None:
         CheckpointError: the disk is full or not writable; the checkpoint before stays the newest.
     """
     tensors = {f"adapter/{key}": value for key, value in state.adapter.tensors.items()}
+    tensors |= {f"residual/{key}": value for key, value in state.adapter.residual.items()}
     tensors |= {f"optimizer/{key}": value for key, value in state.optimizer.items()}
+    tensors |= {f"control/{key}": value for key, value in state.control.items()}
     fields = {
         "run": state.run,
         "round": state.round,
         "seed": state.seed,
         "progress": dict(state.progress),
         "spec": spec_to_fields(state.adapter.spec),
+        "drift": {"epoch": state.drift.epoch, "ranks": [[r, list(ranks)] for r, ranks in state.drift.ranks.items()]},
+        "holdings": [[partition, have.round, have.rank] for partition, have in state.holdings.items()],
     }
     data = encode_tensors(tensors, fields)
     path = folder / f"round-{state.round:06d}.safetensors"
@@ -96,9 +100,14 @@ def _decoded(path: Path) -> ServerState:
         run=fields["run"],
         round=fields["round"],
         seed=fields["seed"],
-        adapter=AdapterState(spec_from_fields(fields["spec"]), _below(tensors, "adapter/")),
+        adapter=AdapterState(
+            spec_from_fields(fields["spec"]), _below(tensors, "adapter/"), _below(tensors, "residual/")
+        ),
         optimizer=_below(tensors, "optimizer/"),
         progress=fields["progress"],
+        drift=Drift(fields["drift"]["epoch"], {r: tuple(ranks) for r, ranks in fields["drift"]["ranks"]}),
+        holdings={partition: Holding(round_, rank) for partition, round_, rank in fields["holdings"]},
+        control=_below(tensors, "control/"),
     )
 
 

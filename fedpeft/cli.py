@@ -124,6 +124,23 @@ def export(
 
 
 @app.command()
+def merge(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Adapter folders as stock peft saves them.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    method: Annotated[str, typer.Option(help="A rule by its paper's name, such as flora or flexlora.")] = "flora",
+    weights: Annotated[str, typer.Option(help="One number for each folder, such as 3,1,2.", show_default=False)] = "",
+    rank: Annotated[int, typer.Option(help="Compress to this rank (0: as the method needs).")] = 0,
+    missing: Annotated[str, typer.Option(help="A module that an adapter lacks: zero or covered.")] = "zero",
+) -> None:
+    """Merge LoRA adapters of one base model into one, and say how far it is from their exact mean."""
+    from fedpeft.commands.merge import run_merge
+
+    run_merge(folders, method, weights, rank, missing, out)
+
+
+@app.command()
 def new(
     folder: Annotated[Path, typer.Argument(help="The project folder to make.", show_default=False)],
 ) -> None:

@@ -4,34 +4,49 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
-from fedpeft.adapters import AdapterSpec, AdapterState, Tensors, norm
+from fedpeft.adapters import AdapterSpec, AdapterState, Tensors, at_rank, fit, greatest_rank, norm, resized
 from fedpeft.errors import FedPeftError, PacketError, sentence
+from fedpeft.merges import Pruning
+from fedpeft.pruning import pruned_spec
+from fedpeft.requests import Received, read_request
 from fedpeft.strategy import Strategy
 from fedpeft.updates import Memory, Update
 from fedpeft.version import VERSION
-from fedpeft.wire import Packet, Scalar, fit_reply, read_adapter, require_manifest
+from fedpeft.wire import Packet, Scalar, fit_reply, require_manifest
+
+CONTROL = "control/"
+"""What a memory's keys begin with where it keeps the client's control variate."""
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FitJob:
-    """What a client is to do in one round; `position` is how many batches it has seen in rounds before."""
+    """What a client is to do in one round.
+
+    `position` is how many batches it has seen in rounds before. `correction` is added to the gradients of the
+    tensors that it names. `pruning` penalises the last ranks.
+    """
 
     round: int
     partition: int
     frozen: tuple[str, ...]
     position: int
+    correction: Tensors = field(default_factory=dict)
+    pruning: Pruning | None = None
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What training did: the tensors before (as the model held them) and after, and how much was seen."""
+    """What training did: the tensors before (as the model held them) and after, and how much was seen.
+
+    `gradients` are the means over the steps, before any correction, of the tensors that `FitJob.correction` names.
+    """
 
     before: Tensors
     after: Tensors
@@ -39,6 +54,7 @@ class Fitted:
     tokens: int
     position: int
     metrics: Mapping[str, float]
+    gradients: Tensors = field(default_factory=dict)
 
 
 class Learner(Protocol):
@@ -60,12 +76,17 @@ class Learner(Protocol):
 
 @dataclass(frozen=True)
 class Site:
-    """All that a client has of its own: its partition, the digest of its settings, and its learner."""
+    """All that a client has of its own: its partition, the digest of its settings, its learner.
+
+    `rank` is the greatest that the node wants (0: no wish), `memory_bytes` what it has for training (0: unsaid).
+    """
 
     partition: int
     config: str
     strategy: Strategy
     learner: Learner
+    rank: int = 0
+    memory_bytes: int = 0
 
 
 def handle(packet: Packet, memory: Memory, site: Site) -> tuple[Packet, Memory]:
@@ -93,49 +114,88 @@ def handle(packet: Packet, memory: Memory, site: Site) -> tuple[Packet, Memory]:
 
 
 def _fit(packet: Packet, memory: Memory, site: Site) -> tuple[Packet, Memory]:
-    spec = _agree(packet, site)
-    stage = site.strategy.stage
-    local = stage.local(spec)
-    adapter = _personal(read_adapter(packet, site.strategy, spec), memory, local)
+    strategy, spec = site.strategy, _agree(packet, site)
+    received = _received(packet, memory, site, spec)
+    adapter, kept, round_ = received.adapter, received.memory, int(packet.manifest["round"])
+    shared = strategy.stage.shared(adapter.spec, round_)
+    variate = _below(kept.tensors, CONTROL, shared)
     job = FitJob(
-        round=int(packet.manifest["round"]),
+        round=round_,
         partition=site.partition,
-        frozen=stage.frozen(spec),
+        frozen=strategy.stage.frozen(adapter.spec, round_),
         position=int(memory.fields.get("position", 0)),
+        correction={key: value - variate.get(key, np.float32(0)) for key, value in received.control.items()},
+        pruning=strategy.pruning,
     )
     fitted = site.learner.fit(adapter, job)
-    spec.require(fitted.after, f"training, round {job.round}, partition {job.partition}")
-    delta = {key: fitted.after[key] - fitted.before[key] for key in spec.shapes}
-    update = Update(spec, delta, fitted.examples, fitted.tokens, metrics=fitted.metrics)
-    kept = Memory(
-        {**memory.tensors, **{key: np.array(fitted.after[key]) for key in local}},
-        {**memory.fields, "position": fitted.position},
+    adapter.spec.require(fitted.after, f"training, round {job.round}, partition {job.partition}")
+    own = pruned_spec(adapter.spec, fitted.before, fitted.after, strategy.pruning)
+    before, after = resized(fitted.before, own), resized(fitted.after, own)
+    shared = strategy.stage.shared(own, round_)
+    delta = {key: after[key] - before[key] for key in shared.shapes}
+    gradients = {key: fit(value, shared.shapes[key]) for key, value in fitted.gradients.items()}
+    update = Update(
+        shared,
+        delta,
+        fitted.examples,
+        fitted.tokens,
+        metrics=fitted.metrics,
+        control={key: value - variate.get(key, np.float32(0)) for key, value in gradients.items()},
     )
-    update, kept = stage.client(update, kept)
+    kept = Memory(
+        {
+            **kept.tensors,
+            **{key: np.array(after[key]) for key in strategy.stage.local(own, round_)},
+            **{f"{CONTROL}{key}": value for key, value in gradients.items()},
+        },
+        {**kept.fields, "position": fitted.position, **({"rank": greatest_rank(own)} if own != adapter.spec else {})},
+    )
+    update, kept = strategy.stage.client(update, kept)
     update = replace(update, metrics={**update.metrics, "update_norm": norm(update.delta)})
-    return fit_reply(site.strategy, update, _manifest(packet, site)), kept
+    return fit_reply(strategy, update, _manifest(packet, site), greatest_rank(own)), kept
 
 
 def _evaluate(packet: Packet, memory: Memory, site: Site) -> tuple[Packet, Memory]:
-    spec = _agree(packet, site)
-    adapter = _personal(read_adapter(packet, site.strategy, spec), memory, site.strategy.stage.local(spec))
-    figures = site.learner.evaluate(adapter)
+    received = _received(packet, memory, site, _agree(packet, site))
+    figures = site.learner.evaluate(received.adapter)
     metrics = {f"metric.{key}": float(value) for key, value in figures.items()}
     return Packet("evaluation", {**_manifest(packet, site), **metrics}), memory
 
 
-_HANDLERS: Mapping[str, Callable[[Packet, Memory, Site], tuple[Packet, Memory]]] = {"fit": _fit, "evaluate": _evaluate}
+def _describe(packet: Packet, memory: Memory, site: Site) -> tuple[Packet, Memory]:
+    _agree(packet, site)
+    wishes = [rank for rank in (site.rank, int(memory.fields.get("rank", 0))) if rank]
+    own: dict[str, Scalar] = {"rank": min(wishes, default=0), "memory_bytes": site.memory_bytes}
+    return Packet("description", {**_manifest(packet, site), **own}), memory
+
+
+_HANDLERS: Mapping[str, Callable[[Packet, Memory, Site], tuple[Packet, Memory]]] = {
+    "fit": _fit,
+    "evaluate": _evaluate,
+    "describe": _describe,
+}
+
+
+def _received(packet: Packet, memory: Memory, site: Site, spec: AdapterSpec) -> Received:
+    """What the request brings, cut to the rank that the client has pruned itself to."""
+    received = read_request(packet, site.strategy, spec, memory)
+    own = at_rank(received.adapter.spec, int(memory.fields.get("rank", 0)))
+    return replace(
+        received, adapter=replace(received.adapter, spec=own, tensors=resized(received.adapter.tensors, own))
+    )
+
+
+def _below(tensors: Tensors, prefix: str, spec: AdapterSpec) -> dict[str, np.ndarray]:
+    """The tensors of `spec` that are kept under `prefix`, at its ranks."""
+    return {
+        key: fit(tensors[f"{prefix}{key}"], shape) for key, shape in spec.shapes.items() if f"{prefix}{key}" in tensors
+    }
 
 
 def _agree(packet: Packet, site: Site) -> AdapterSpec:
     spec = site.learner.spec
     require_manifest(packet, packet.kind, {"version": VERSION, "config": site.config, "spec": spec.digest})
     return spec
-
-
-def _personal(adapter: AdapterState, memory: Memory, local: tuple[str, ...]) -> AdapterState:
-    own = {key: memory.tensors[key] for key in local if key in memory.tensors}
-    return replace(adapter, tensors={**adapter.tensors, **own})
 
 
 def _manifest(packet: Packet, site: Site) -> dict[str, Scalar]:

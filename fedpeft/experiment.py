@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from fedpeft import rounds
+from fedpeft import ranks, rounds
 from fedpeft.adapters import AdapterState, Family
 from fedpeft.client import Site
 from fedpeft.config import RunConfig, choose, digest
 from fedpeft.config.data import DataConfig
+from fedpeft.config.federation import ByMemory, Declared, Equal, Listed
 from fedpeft.config.training import METRICS, ModelConfig
 from fedpeft.data.partitions import deal, histogram
 from fedpeft.data.rows import DataReport, Row, Split, prepare
 from fedpeft.errors import DataError, PlanError, sentence
+from fedpeft.laws import check
 from fedpeft.models import AdaptedModel, install, load, load_tokenizer, most_tokens
-from fedpeft.strategy import Strategy, build, check
+from fedpeft.ranks import RankRule
+from fedpeft.strategy import Parts, Strategy, build
 from fedpeft.tasks import Example, Task, build_task, with_labels
 from fedpeft.training import TorchLearner, evaluate
 from fedpeft.wire import Session
@@ -58,10 +61,32 @@ def deal_rows(config: RunConfig) -> Dealt:
 
 def strategy_of(config: RunConfig) -> Strategy:
     """The strategy that the settings describe."""
-    parts = config.aggregation
-    return build(
-        parts.stages.build(), parts.codec.chosen.build(), parts.merge.chosen.build(), parts.optimizer.chosen.build()
+    return build(parts_of(config))
+
+
+def parts_of(config: RunConfig) -> Parts:
+    """What the settings put a strategy together from."""
+    chosen = config.aggregation
+    return Parts(
+        stage=chosen.stages.build(),
+        codec=chosen.codec.chosen.build(),
+        method=chosen.merge.chosen.build(),
+        optimizer=chosen.optimizer.chosen.build(),
+        controls=config.federation.clients if config.training.scaffold else 0,
     )
+
+
+def ranks_of(config: RunConfig) -> RankRule:
+    """How the settings say that nodes come by their ranks."""
+    return _RANK_RULES[type(config.federation.ranks.chosen)](config.federation.ranks.chosen)
+
+
+_RANK_RULES: Mapping[type, Callable[[Any], RankRule]] = {
+    Equal: lambda chosen: ranks.equal(),  # noqa: ARG005
+    Listed: lambda chosen: ranks.listed(chosen.ranks),
+    Declared: lambda chosen: ranks.declared(chosen.default),
+    ByMemory: lambda chosen: ranks.by_memory(chosen.ranks, chosen.gigabytes),
+}
 
 
 def check_plan(config: RunConfig, adapted: AdaptedModel) -> None:
@@ -74,8 +99,8 @@ def check_plan(config: RunConfig, adapted: AdaptedModel) -> None:
     """
     for partition, rows in enumerate(deal_rows(config).sites):
         task_of(config).require(rows, f"partition {partition}")
-    parts = config.aggregation
-    check(parts.stages.build(), parts.codec.chosen.build(), parts.merge.chosen.build(), adapted.spec)
+    least = config.federation.quorum or config.federation.cohort
+    check(parts_of(config), adapted.spec, ranks_of(config).possible, least)
     room, virtual = most_tokens(adapted), int(adapted.family.peft.get("num_virtual_tokens", 0))
     asked = min(config.task.chosen.max_tokens, adapted.tokenizer.model_max_length)
     if asked > room:
@@ -159,6 +184,8 @@ def plan_of(config: RunConfig, run: str, spec: str) -> rounds.Plan:
         metric=config.evaluation.metric,
         metric_sign=METRICS[config.evaluation.metric],
         patience=config.evaluation.patience,
+        ranks=ranks_of(config),
+        most_norm=config.federation.most_update_norm,
     )
 
 

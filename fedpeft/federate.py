@@ -135,6 +135,7 @@ def _resumed(folder: RunFolder, adapted: AdaptedModel) -> ServerState:
 
 def _start_record(config: RunConfig, adapted: AdaptedModel, engine: str) -> dict[str, Any]:
     dealt = deal_rows(config)
+    trained = strategy_of(config).stage.trained(adapted.spec).parameters
     return {
         "event": "start",
         "fedpeft": VERSION,
@@ -144,8 +145,8 @@ def _start_record(config: RunConfig, adapted: AdaptedModel, engine: str) -> dict
         "labels": list(task_of(config).labels),
         "adapter": {
             "family": adapted.spec.family,
-            "trainable_parameters": adapted.spec.parameters,
-            "bytes": 4 * adapted.spec.parameters,
+            "trainable_parameters": trained,
+            "bytes": 4 * trained,
             "base_parameters": adapted.base_parameters,
             "base_bytes": 4 * adapted.base_parameters,
         },

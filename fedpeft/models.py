@@ -8,7 +8,7 @@ import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from fedpeft.adapters import AdapterSpec, AdapterState, Family, ModuleSpec
+from fedpeft import residual_layers as residual
+from fedpeft import sb_layers
+from fedpeft.adapters import AdapterSpec, AdapterState, Family, ModuleSpec, at_ranks, low_rank_modules
 from fedpeft.assets import resolve
 from fedpeft.config.training import ModelConfig
 from fedpeft.errors import AdapterError, ModelError, sentence
@@ -28,6 +30,9 @@ from fedpeft.randomness import derive_seed
 
 _HEADS = ("classifier", "score")
 """Names that transformers gives the task's own last layer, as peft knows them."""
+
+_REBUILT: Mapping[str, Callable[[nn.Module, Family], None]] = {"lora_sb": sb_layers.rebuild}
+"""What is done to peft's layers of a kind that peft does not have."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +94,21 @@ def most_tokens(adapted: AdaptedModel) -> int:
 
 
 def extract(adapted: AdaptedModel) -> AdapterState:
-    """The adapter's values now, as copies, with scales folded in."""
-    return AdapterState(adapted.spec, {key: _folded(binding) for key, binding in adapted.bindings.items()})
+    """The adapter's values now, at the ranks that it has now, as copies, with scales folded in."""
+    tensors = {key: _folded(binding) for key, binding in adapted.bindings.items()}
+    ranked = (f"{module.path}.A" for module in low_rank_modules(adapted.spec))
+    spec = at_ranks(adapted.spec, {key.removesuffix(".A"): tensors[key].shape[0] for key in ranked})
+    return AdapterState(spec, tensors)
 
 
 def install(adapted: AdaptedModel, state: AdapterState) -> None:
-    """The model computes with `state` from now on.
+    """The model computes with `state` from now on: at its ranks, and with its residual beside the base.
 
     Raises:
-        AdapterError: `state` does not follow the model's specification.
+        AdapterError: `state` does not follow the model's specification, ranks aside.
     """
-    if state.spec.digest != adapted.spec.digest:
+    own = {module.path: module.rank for module in adapted.spec.modules}
+    if at_ranks(state.spec, own) != adapted.spec:
         raise AdapterError(
             sentence(
                 "adapter",
@@ -108,26 +117,30 @@ def install(adapted: AdaptedModel, state: AdapterState) -> None:
                 remedy="use the base model and adapter settings that it was made with",
             )
         )
-    adapted.spec.require(state.tensors, "adapter")
+    state.spec.require(state.tensors, "adapter")
     with torch.no_grad():
         for key, binding in adapted.bindings.items():
             value = torch.from_numpy(np.array(state.tensors[key], np.float32)).to(adapted.device)
-            binding.parameter.copy_(value if binding.scale == 1.0 else value / binding.scale)
+            _put(binding.parameter, value if binding.scale == 1.0 else value / binding.scale)
+    residual.install(adapted.model, adapted.family, state.residual)
 
 
 def save_adapter(adapted: AdaptedModel, state: AdapterState, folder: Path) -> None:
     """`folder` holds `state` in the layout that stock `peft.PeftModel.from_pretrained` loads, head included.
 
-    A family with no adapter of its own is saved as a whole model.
+    `state` may have other ranks than the model was made with. A family with no adapter of its own is saved as a
+    whole model.
 
     Raises:
         OSError: the disk is full or not writable.
     """
     install(adapted, state)
-    options = {"save_embedding_layers": False} if isinstance(adapted.model, peft.PeftModel) else {}
     model: Any = adapted.model
-    with _saving():
-        model.save_pretrained(str(folder), **options)
+    with _saving(), residual.described(model, state.spec):
+        if isinstance(model, peft.PeftModel):
+            model.save_pretrained(str(folder), save_embedding_layers=False, selected_adapters=["default"])
+        else:
+            model.save_pretrained(str(folder))
         adapted.tokenizer.save_pretrained(str(folder))
 
 
@@ -227,7 +240,7 @@ def _install(base: nn.Module, family: Family, source: str) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            return peft.get_peft_model(base, peft.get_peft_config(arguments))
+            model: nn.Module = peft.get_peft_model(base, peft.get_peft_config(arguments))
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(
             sentence(
@@ -237,6 +250,9 @@ def _install(base: nn.Module, family: Family, source: str) -> nn.Module:
                 remedy="name target_modules that this model has",
             )
         ) from error
+    if rebuild := _REBUILT.get(family.kind):
+        rebuild(model, family)
+    return model
 
 
 def _describe(model: nn.Module, family: Family) -> tuple[AdapterSpec, dict[str, Binding]]:
@@ -288,6 +304,15 @@ def _base_digest(model: nn.Module) -> str:
             sample = flat[:: max(1, flat.numel() // 256)].float().cpu().numpy()
             sha.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
     return sha.hexdigest()
+
+
+def _put(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """The parameter holds `value`, which may be of another rank than what it held."""
+    if parameter.shape == value.shape:
+        parameter.copy_(value)
+    else:
+        parameter.grad = None
+        parameter.data = value.to(parameter.dtype)
 
 
 def _folded(binding: Binding) -> np.ndarray:

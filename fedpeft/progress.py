@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from fedpeft.federate import Watcher, silent
-from fedpeft.report.units import human_bytes, human_count, human_seconds, percent
+from fedpeft.report.units import human_bytes, human_count, human_seconds, percent, relative
 
 
 @contextlib.contextmanager
@@ -88,8 +89,9 @@ def _round_line(record: dict[str, Any]) -> str:
     parts = [f"round {record['round']:>3}", f"training loss {record['loss']:.3f}"]
     if record["evaluation"]:
         parts.append(f"held-out accuracy {percent(record['evaluation']['accuracy'])}")
-    if record.get("merge_error") is not None:
-        parts.append(f"merge error {percent(record['merge_error'])}")
+    error = record.get("merge_error")
+    if error is not None and not math.isnan(error):
+        parts.append(f"merge error {relative(error)}")
     parts.append(f"{human_bytes(record['bytes_up'])} up, {human_bytes(record['bytes_down'])} down")
     if record["failures"]:
         first = record["failures"][0]

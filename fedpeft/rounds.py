@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedpeft.adapters import AdapterSpec, AdapterState
-from fedpeft.errors import FedPeftError, QuorumError, sentence
+from fedpeft import residuals
+from fedpeft.adapters import AdapterState, at_rank, greatest_rank
+from fedpeft.errors import FedPeftError, PacketError, QuorumError, sentence
 from fedpeft.randomness import rng
+from fedpeft.ranks import RankRule, said_in
+from fedpeft.requests import describe_request, evaluate_request, fit_request
 from fedpeft.strategy import Measures, Strategy
-from fedpeft.updates import ServerState, Update
+from fedpeft.updates import Holding, ServerState, Update
 from fedpeft.wire import (
     MOST_EXAMPLES,
     Failure,
     Packet,
     Session,
     Transport,
-    evaluate_request,
-    fit_request,
     read_metrics,
     read_update,
     require_manifest,
+    require_norm,
 )
 
 Record = dict[str, Any]
@@ -38,7 +40,8 @@ class Plan:
 
     `quorum` is the least number of usable updates. The server scores the adapter every `evaluate_every` rounds
     (0: only at the end); after `patience` scores in a row that do not better `metric` the run stops (0: never).
-    `metric_sign` is 1 where more is better, -1 where less is.
+    `metric_sign` is 1 where more is better, -1 where less is. An update longer than `most_norm` (0: no bound) is
+    refused.
     """
 
     session: Session
@@ -51,6 +54,8 @@ class Plan:
     metric: str
     metric_sign: int
     patience: int
+    ranks: RankRule
+    most_norm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -85,15 +90,16 @@ def step(
     """
     started = time.perf_counter()
     cohort = cohort_of(state, transport.partitions(), plan.cohort)
-    request = fit_request(strategy, state, plan.session)
     seen = _Collected([], [])
+    ranks = _ranks(plan, state, transport, cohort, seen, observer)
+    requests = {p: fit_request(strategy, state, plan.session, p, rank) for p, rank in ranks.items()}
     waited = [0.0]
-    replies = _timed(transport.exchange(dict.fromkeys(cohort, request), plan.deadline_seconds), waited)
-    updates = _updates(strategy, plan, state, in_order(replies, cohort), seen, observer)
+    replies = _timed(transport.exchange(requests, plan.deadline_seconds), waited)
+    updates = _updates(strategy, plan, state, ranks, in_order(replies, tuple(requests)), seen, observer)
     after, measures = _aggregate(strategy, plan, state, updates, seen)
     total = time.perf_counter() - started
     for client in seen.clients:
-        client["bytes_down"] = request.size_bytes
+        client["bytes_down"] = requests[client["partition"]].size_bytes
     examples = sum(client["examples"] for client in seen.clients)
     record: Record = {
         "event": "round",
@@ -104,13 +110,15 @@ def step(
         "loss": sum(client["loss"] * client["examples"] for client in seen.clients) / examples,
         "learning_rate": seen.clients[0].get("learning_rate"),
         "bytes_up": sum(client["bytes_up"] for client in seen.clients),
-        "bytes_down": request.size_bytes * len(cohort),
+        "bytes_down": sum(request.size_bytes for request in requests.values()),
         "seconds": {"total": total, "exchange": waited[0], "merge": total - waited[0], "evaluate": 0.0},
         "evaluation": None,
         "client_evaluation": None,
         **measures,
     }
-    return after, record
+    holdings = _holdings(state, seen, ranks)
+    known = {after.round, *(holding.round for holding in holdings.values())}
+    return replace(after, holdings=holdings, drift=residuals.forget(after.drift, known)), record
 
 
 def run(
@@ -126,7 +134,7 @@ def run(
             record["evaluation"] = evaluate(strategy.finalize(state))
             state = _watch(plan, state, record["evaluation"][plan.metric])
         if plan.evaluate_on_clients:
-            record["client_evaluation"] = evaluate_on_clients(strategy, plan, state, transport, tuple(record["cohort"]))
+            record["client_evaluation"] = evaluate_on_clients(strategy, plan, state, transport, _took_part(record))
         record["seconds"]["evaluate"] = time.perf_counter() - started
         record["seconds"]["total"] += record["seconds"]["evaluate"]
         observer.round(record, state)
@@ -134,12 +142,15 @@ def run(
 
 
 def evaluate_on_clients(
-    strategy: Strategy, plan: Plan, state: ServerState, transport: Transport, partitions: Iterable[int]
+    strategy: Strategy, plan: Plan, state: ServerState, transport: Transport, ranks: Mapping[int, int]
 ) -> Record | None:
-    """The mean of the clients' own figures, each weighed by the rows of those who have it; None where none answered."""
-    request, cohort = evaluate_request(strategy, state, plan.session), tuple(sorted(partitions))
-    replies = transport.exchange(dict.fromkeys(cohort, request), plan.deadline_seconds)
-    found = [_figures(plan, state, partition, reply) for partition, reply in in_order(replies, cohort)]
+    """The mean of the clients' own figures, each weighed by the rows of those who have it; None where none answered.
+
+    `ranks` are those of the clients that are asked, by partition.
+    """
+    requests = {p: evaluate_request(strategy, state, plan.session, p, ranks[p]) for p in sorted(ranks)}
+    replies = in_order(transport.exchange(requests, plan.deadline_seconds), tuple(requests))
+    found = [_figures(plan, state, partition, reply) for partition, reply in replies]
     answers = [figures for figures in found if figures]
     if not answers:
         return None
@@ -171,18 +182,70 @@ def in_order(
         yield partition, waiting.get(partition, Failure("no answer within the deadline"))
 
 
+def _ranks(
+    plan: Plan, state: ServerState, transport: Transport, cohort: tuple[int, ...], seen: _Collected, observer: Observer
+) -> dict[int, int]:
+    """The rank of each partition of the cohort; one that was asked and has no usable answer is a failure on record."""
+    if not plan.ranks.asks:
+        return {partition: plan.ranks.rank(partition, {}) for partition in cohort}
+    cap, found = greatest_rank(state.adapter.spec), {}
+    asked = dict.fromkeys(cohort, describe_request(state, plan.session))
+    for partition, reply in in_order(transport.exchange(asked, plan.deadline_seconds), cohort):
+        try:
+            found[partition] = _described(plan, state, partition, reply, cap)
+        except FedPeftError as error:
+            seen.failures.append({"partition": partition, "reason": _reason(str(error))})
+            observer.packet(state.round + 1, partition, False)
+    return found
+
+
+def _described(plan: Plan, state: ServerState, partition: int, reply: Packet | Failure, cap: int) -> int:
+    """The rank of a node by its description.
+
+    Raises:
+        PacketError: the node failed, or wants a rank above the server's.
+    """
+    if isinstance(reply, Failure):
+        raise PacketError(reply.reason)
+    if reply.kind == "failure":
+        raise PacketError(str(reply.manifest.get("reason", "the node gave no reason")))
+    require_manifest(reply, "description", {**plan.session.manifest(state.round + 1), "partition": partition})
+    rank = plan.ranks.rank(partition, said_in(reply))
+    if rank > cap:
+        place = f"description of partition {partition}, rank"
+        raise PacketError(sentence(place, expected=f"at most {cap}", found=rank, remedy="lower the node's rank"))
+    return rank
+
+
+def _holdings(state: ServerState, seen: _Collected, ranks: Mapping[int, int]) -> dict[int, Holding]:
+    """Who is known to have what after a round: those that answered have what they were sent; nobody else is sure."""
+    found = {partition: holding for partition, holding in state.holdings.items() if partition not in ranks}
+    cap = greatest_rank(state.adapter.spec)
+    for client in seen.clients:
+        partition = client["partition"]
+        rank = min(ranks[partition] or cap, cap)
+        before = state.holdings.get(partition)
+        found[partition] = Holding(state.round, max(rank, before.rank) if before else rank)
+    return dict(sorted(found.items()))
+
+
+def _took_part(record: Record) -> dict[int, int]:
+    """The ranks of the clients whose updates a round used."""
+    return {client["partition"]: client["rank"] for client in record["clients"]}
+
+
 def _updates(
     strategy: Strategy,
     plan: Plan,
     state: ServerState,
+    ranks: Mapping[int, int],
     replies: Iterable[tuple[int, Packet | Failure]],
     seen: _Collected,
     observer: Observer,
 ) -> Iterator[Update]:
     """The usable updates among `replies`; every other reply becomes a failure on record."""
-    spec = strategy.stage.shared(state.adapter.spec)
     for partition, reply in replies:
-        update = _usable(strategy, plan, state, spec, partition, reply)
+        update = _usable(strategy, plan, state, partition, ranks[partition], reply)
         if isinstance(update, Update) and isinstance(reply, Packet):
             seen.clients.append(_client_record(partition, reply, update))
             observer.packet(state.round + 1, partition, True)
@@ -193,7 +256,7 @@ def _updates(
 
 
 def _usable(
-    strategy: Strategy, plan: Plan, state: ServerState, spec: AdapterSpec, partition: int, reply: Packet | Failure
+    strategy: Strategy, plan: Plan, state: ServerState, partition: int, rank: int, reply: Packet | Failure
 ) -> Update | Failure:
     if isinstance(reply, Failure):
         return reply
@@ -201,7 +264,9 @@ def _usable(
         return Failure(_reason(str(reply.manifest.get("reason", "the node gave no reason"))))
     expected = {**plan.session.manifest(state.round + 1), "partition": partition}
     try:
-        return read_update(reply, strategy, spec, expected)
+        update = read_update(reply, strategy, at_rank(state.adapter.spec, rank), expected)
+        require_norm(update, plan.most_norm, f"update of partition {partition}")
+        return update
     except FedPeftError as error:
         return Failure(_reason(str(error)))
 
@@ -227,6 +292,7 @@ def _reason(text: str) -> str:
 def _client_record(partition: int, reply: Packet, update: Update) -> Record:
     counted = {
         "partition": partition,
+        "rank": int(reply.manifest.get("rank", 0)),
         "examples": update.examples,
         "tokens": update.tokens,
         "bytes_up": reply.size_bytes,

@@ -11,7 +11,7 @@ import numpy as np
 from fedpeft.adapters import AdapterSpec, Tensors, norm
 from fedpeft.updates import Memory, Update
 
-Names = Callable[[AdapterSpec], tuple[str, ...]]
+Names = Callable[[AdapterSpec, int], tuple[str, ...]]
 Client = Callable[[Update, Memory], tuple[Update, Memory]]
 Server = Callable[[Tensors], Tensors]
 
@@ -22,27 +22,43 @@ _ROUNDED_DOWN = 1 - 2.0**-22
 class Stage(NamedTuple):
     """One thing done to updates.
 
-    `frozen(spec)` are the tensors that a client does not train, `local(spec)` those that it trains and keeps.
-    `shared(spec)` is the specification of what is left. Client halves run in order, server halves reversed.
+    `frozen(spec, round)` are the tensors that a client does not train in that round, `local(spec, round)` those
+    that it trains and keeps; neither travels back. Client halves run in order, server halves reversed.
     """
 
     frozen: Names
     local: Names
-    shared: Callable[[AdapterSpec], AdapterSpec]
     client: Client
     server: Server
+
+    def shared(self, spec: AdapterSpec, round_: int) -> AdapterSpec:
+        """The specification of what travels back after round `round_`."""
+        kept = {*self.frozen(spec, round_), *self.local(spec, round_)}
+        return spec.only(key for key in spec.shapes if key not in kept)
+
+    def constant(self, spec: AdapterSpec) -> tuple[str, ...]:
+        """The tensors that are never trained; stages alternate with a period of two at most."""
+        return tuple(key for key in self.frozen(spec, 1) if key in self.frozen(spec, 2))
+
+    def trained(self, spec: AdapterSpec) -> AdapterSpec:
+        """The specification of what is trained in some round."""
+        constant = set(self.constant(spec))
+        return spec.only(key for key in spec.shapes if key not in constant)
 
 
 def identity() -> Stage:
     """A stage that changes nothing."""
-    return Stage(_none, _none, lambda spec: spec, lambda update, memory: (update, memory), lambda delta: delta)
+    return Stage(_none, _none, lambda update, memory: (update, memory), lambda delta: delta)
 
 
 def freeze(patterns: Sequence[str]) -> Stage:
-    """Tensors that match `patterns` are not trained and do not travel back."""
-    return identity()._replace(
-        frozen=lambda spec: spec.matching(patterns), shared=lambda spec: spec.without(patterns), client=_drop(patterns)
-    )
+    """Tensors that match `patterns` are not trained."""
+    return identity()._replace(frozen=lambda spec, round_: spec.matching(patterns))  # noqa: ARG005
+
+
+def alternate(odd: Sequence[str], even: Sequence[str]) -> Stage:
+    """Tensors that match `odd` are not trained in odd rounds, nor those that match `even` in even ones."""
+    return identity()._replace(frozen=lambda spec, round_: spec.matching(odd if round_ % 2 else even))
 
 
 def keep_local(patterns: Sequence[str]) -> Stage:
@@ -50,9 +66,7 @@ def keep_local(patterns: Sequence[str]) -> Stage:
 
     Source: Arivazhagan et al. 2019, "Federated Learning with Personalization Layers".
     """
-    return identity()._replace(
-        local=lambda spec: spec.matching(patterns), shared=lambda spec: spec.without(patterns), client=_drop(patterns)
-    )
+    return identity()._replace(local=lambda spec, round_: spec.matching(patterns))  # noqa: ARG005
 
 
 def clip(max_norm: float) -> Stage:
@@ -72,11 +86,6 @@ def clip(max_norm: float) -> Stage:
 def chain(*stages: Stage) -> Stage:
     """The stages one after another, as one stage."""
 
-    def shared(spec: AdapterSpec) -> AdapterSpec:
-        for stage in stages:
-            spec = stage.shared(spec)
-        return spec
-
     def client(update: Update, memory: Memory) -> tuple[Update, Memory]:
         for stage in stages:
             update, memory = stage.client(update, memory)
@@ -88,21 +97,12 @@ def chain(*stages: Stage) -> Stage:
         return delta
 
     return Stage(
-        lambda spec: tuple(key for stage in stages for key in stage.frozen(spec)),
-        lambda spec: tuple(key for stage in stages for key in stage.local(spec)),
-        shared,
+        lambda spec, round_: tuple(key for stage in stages for key in stage.frozen(spec, round_)),
+        lambda spec, round_: tuple(key for stage in stages for key in stage.local(spec, round_)),
         client,
         server,
     )
 
 
-def _none(spec: AdapterSpec) -> tuple[str, ...]:  # noqa: ARG001
+def _none(spec: AdapterSpec, round_: int) -> tuple[str, ...]:  # noqa: ARG001
     return ()
-
-
-def _drop(patterns: Sequence[str]) -> Client:
-    def client(update: Update, memory: Memory) -> tuple[Update, Memory]:
-        spec = update.spec.without(patterns)
-        return replace(update, spec=spec, delta={key: update.delta[key] for key in spec.shapes}), memory
-
-    return client

@@ -1,23 +1,38 @@
-"""A federated algorithm as plain functions, and the law of what may go with what."""
+"""A federated algorithm as plain functions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
-from fedpeft.adapters import AdapterSpec, AdapterState, Tensors, norm
+from fedpeft import residuals
+from fedpeft.adapters import AdapterSpec, AdapterState, Tensors, absorbed, at_ranks, fit, fixed, norm, resized
 from fedpeft.codecs import Codec
-from fedpeft.errors import AdapterError, FederationError, PlanError
-from fedpeft.merges import Merge, exactness
+from fedpeft.errors import AdapterError, FederationError
+from fedpeft.merges import Contribution, Merged, Method, Pruning
 from fedpeft.optimizers import Optimizer
-from fedpeft.stages import Stage
+from fedpeft.stages import Stage, alternate, chain, freeze, identity, keep_local
 from fedpeft.updates import ServerState, Update
 
 Measures = Mapping[str, float | Mapping[str, float]]
 """Figures of one round for the journal, by name; some by module."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a strategy is put together from.
+
+    `controls` is how many clients there are in all, where they keep control variates (SCAFFOLD), else 0.
+    """
+
+    stage: Stage
+    codec: Codec
+    method: Method
+    optimizer: Optimizer
+    controls: int = 0
 
 
 class Strategy(NamedTuple):
@@ -25,8 +40,9 @@ class Strategy(NamedTuple):
 
     `init(run, seed, adapter)` is the state before round 1. `aggregate(state, updates)` is the state after a
     round and figures about it; updates are taken one by one, as they come, and a result that is not finite is
-    a FederationError. `finalize(state)` is the adapter that a user deploys. `stage` and `codec` are the halves
-    that clients run too.
+    a FederationError. `finalize(state)` is the adapter that a user deploys, with what went into the base. `stage`
+    and `codec` are the halves that clients run too; `pruning` is how they lower their rank, if they do; `controls`:
+    clients keep control variates (SCAFFOLD).
     """
 
     stage: Stage
@@ -34,42 +50,84 @@ class Strategy(NamedTuple):
     init: Callable[[str, int, AdapterState], ServerState]
     aggregate: Callable[[ServerState, Iterable[Update]], tuple[ServerState, Measures]]
     finalize: Callable[[ServerState], AdapterState]
+    pruning: Pruning | None = None
+    controls: bool = False
 
 
-class Law(NamedTuple):
-    """A reason why a plan cannot run: `broken(stage, codec, merge, spec)` is the sentence, or empty."""
-
-    name: str
-    broken: Callable[[Stage, Codec, Merge, AdapterSpec], str]
-
-
-def build(stage: Stage, codec: Codec, merge: Merge, optimizer: Optimizer) -> Strategy:
-    """The strategy that merges what `stage` lets through and moves the adapter with `optimizer`."""
+def build(parts: Parts) -> Strategy:
+    """The strategy that merges what the stage lets through and moves the adapter with the optimiser."""
+    stage = chain(stage_of(parts.method), parts.stage)
+    merge, optimizer, budget = parts.method.merge, parts.optimizer, parts.method.budget
 
     def init(run: str, seed: int, adapter: AdapterState) -> ServerState:
-        return ServerState(
-            run=run, round=0, seed=seed, adapter=adapter, optimizer=optimizer.init(stage.shared(adapter.spec))
-        )
+        kept = {*stage.constant(adapter.spec), *stage.local(adapter.spec, 1)}
+        moments = optimizer.init(adapter.spec.only(key for key in adapter.spec.shapes if key not in kept))
+        zeros = {key: np.zeros(shape, np.float32) for key, shape in adapter.spec.shapes.items() if key not in kept}
+        control = zeros if parts.controls else {}
+        return ServerState(run=run, round=0, seed=seed, adapter=adapter, optimizer=moments, control=control)
 
     def aggregate(state: ServerState, updates: Iterable[Update]) -> tuple[ServerState, Measures]:
-        before, spec = state.adapter.tensors, state.adapter.spec
-        fold, target = merge.init(stage.shared(spec)), exactness.begin()
-        modules = exactness.measured_modules(spec, stage.local(spec))
+        before, spec, round_ = state.adapter.tensors, state.adapter.spec, state.round + 1
+        fold = merge.init(state, tuple(stage.shared(spec, round_).shapes), stage.local(spec, round_))
+        control = dict(state.control)
         for update in updates:
-            fold = merge.add(fold, update)
-            target = exactness.add(target, modules, before, update.delta, merge.weigh(update))
-        delta, measures = merge.finish(fold)
-        errors = exactness.errors(target, before, delta)
-        delta = stage.server(delta)
+            for key, change in update.control.items():  # Karimireddy et al. 2020, "SCAFFOLD", algorithm 1, line 17
+                control[key] = control[key] + fit(change, control[key].shape) / np.float32(parts.controls)
+            received = sent(state.adapter, update.spec)
+            fold = merge.add(fold, Contribution(update, received, merge.weigh(update)))
+        merged = merge.finish(fold)
+        delta = stage.server(merged.delta)
         with np.errstate(over="ignore"):  # an adapter beyond float32 is refused below, in words
             moments, tensors = optimizer.apply(state.optimizer, before, delta)
-        _require_finite(spec, tensors, state.round + 1)
-        adapter = replace(state.adapter, tensors=tensors)
-        after = replace(state, round=state.round + 1, adapter=adapter, optimizer=moments)
-        found: Measures = {"merge_error": errors.overall, "merge_errors": errors.by_module} if modules else {}
-        return after, {"update_norm": norm(delta), **measures, **found}
+        _require_finite(spec, tensors, round_)
+        moved = replace(
+            state, round=round_, adapter=replace(state.adapter, tensors=tensors), optimizer=moments, control=control
+        )
+        after, figures = _take_up(moved, merged, budget)
+        return after, {"update_norm": norm(delta), **merged.measures, **figures}
 
-    return Strategy(stage, codec, init, aggregate, lambda state: state.adapter)
+    return Strategy(
+        stage,
+        parts.codec,
+        init,
+        aggregate,
+        lambda state: absorbed(state.adapter),
+        parts.method.pruning,
+        parts.controls > 0,
+    )
+
+
+def sent(adapter: AdapterState, like: AdapterSpec) -> AdapterState:
+    """The adapter as a node holds it whose low-rank modules have the ranks of `like`, without the residual."""
+    spec = at_ranks(adapter.spec, {module.path: module.rank for module in like.modules})
+    return AdapterState(spec, resized(adapter.tensors, spec))
+
+
+def stage_of(method: Method) -> Stage:
+    """What a method leaves untrained, or at its site."""
+    return chain(
+        identity()._replace(frozen=lambda spec, round_: fixed(spec)),  # noqa: ARG005
+        freeze(method.frozen) if method.frozen else identity(),
+        keep_local(method.local) if method.local else identity(),
+        alternate(method.alternating[1:], method.alternating[:1]) if method.alternating else identity(),
+    )
+
+
+def _take_up(state: ServerState, merged: Merged, budget: int) -> tuple[ServerState, Measures]:
+    """The state whose base has taken up the merge's residual, and figures about that."""
+    if not merged.residual:
+        return state, {}
+    grown = residuals.grow(state.adapter, state.drift, state.round, merged.residual, budget)
+    _require_finite(
+        residuals.specification(state.adapter.spec, residuals.ranks_of(grown.adapter.residual)),
+        grown.adapter.residual,
+        state.round,
+    )
+    figures = {
+        "residual_rank": float(max(residuals.ranks_of(grown.adapter.residual), default=0)),
+        "residual_dropped": grown.dropped,
+    }
+    return replace(state, adapter=grown.adapter, drift=grown.drift), figures
 
 
 def _require_finite(spec: AdapterSpec, tensors: Tensors, round_: int) -> None:
@@ -77,44 +135,3 @@ def _require_finite(spec: AdapterSpec, tensors: Tensors, round_: int) -> None:
         spec.require(tensors, f"adapter after round {round_}")
     except AdapterError as error:  # nobody's mistake in what was asked: the run itself has failed
         raise FederationError(str(error)) from error
-
-
-def check(stage: Stage, codec: Codec, merge: Merge, spec: AdapterSpec) -> None:
-    """Raises PlanError, naming the two choices that clash, if the plan breaks one of `LAWS`."""
-    for law in LAWS:
-        reason = law.broken(stage, codec, merge, spec)
-        if reason:
-            raise PlanError(reason)
-
-
-def _frozen_and_local(stage: Stage, codec: Codec, merge: Merge, spec: AdapterSpec) -> str:  # noqa: ARG001
-    both = sorted(set(stage.frozen(spec)) & set(stage.local(spec)))
-    if not both:
-        return ""
-    return (
-        f"aggregation.stages: expected each tensor either frozen or local, found {both[0]} in both; "
-        "a frozen tensor is not trained, so drop it from one of the two lists."
-    )
-
-
-def _nothing_trained(stage: Stage, codec: Codec, merge: Merge, spec: AdapterSpec) -> str:  # noqa: ARG001
-    if set(stage.frozen(spec)) != set(spec.shapes):
-        return ""
-    return "aggregation.stages.frozen: expected some tensor left to train, found all frozen; shorten the list."
-
-
-def _nothing_shared(stage: Stage, codec: Codec, merge: Merge, spec: AdapterSpec) -> str:  # noqa: ARG001
-    if stage.shared(spec).shapes:
-        return ""
-    return (
-        "aggregation.stages: expected some tensor left to share, found every one frozen or local; "
-        "shorten the lists, or train each site alone."
-    )
-
-
-LAWS = (
-    Law("a tensor is frozen or local, never both", _frozen_and_local),
-    Law("something is trained", _nothing_trained),
-    Law("something is shared", _nothing_shared),
-)
-"""Every reason why a plan is refused before its first round."""

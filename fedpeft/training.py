@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +14,17 @@ import torch
 from torch import nn
 
 from fedpeft.adapters import AdapterSpec, AdapterState
-from fedpeft.client import FitJob, Fitted
+from fedpeft.client import FitJob, Fitted, Learner
 from fedpeft.config.training import TrainingConfig
 from fedpeft.errors import DataError, FederationError, sentence
+from fedpeft.merges import Pruning
 from fedpeft.models import AdaptedModel, extract, install
+from fedpeft.pruning import kept_rank
 from fedpeft.randomness import derive_seed, rng
 from fedpeft.tasks import Example, Task
+
+_TINY = 1e-12
+"""The least norm that a gradient is divided by."""
 
 _WINDOW_BATCHES = 8
 """Texts of like length are sought within this many batches of the shuffled rows."""
@@ -73,7 +79,9 @@ def fit(learner: TorchLearner, adapter: AdapterState, job: FitJob) -> Fitted:
     """AdamW on the adapter for `settings.steps` steps; the base does not move.
 
     Source: FedProx (Li et al. 2020, "Federated Optimization in Heterogeneous Networks", eq. 2) where
-    `settings.proximal` is above 0, as a gradient term beside AdamW.
+    `settings.proximal` is above 0, as a gradient term beside AdamW; SCAFFOLD (Karimireddy et al. 2020, eq. 3) where
+    `job.correction` is given. The control variate that comes back is the mean of the gradients before correction:
+    under SGD that is the paper's option II, c − c_i + (x − y_i)/(K η), and under AdamW it stays a mean of gradients.
     """
     settings, adapted = learner.settings, learner.adapted
     install(adapted, adapter)
@@ -81,7 +89,7 @@ def fit(learner: TorchLearner, adapter: AdapterState, job: FitJob) -> Fitted:
     parameters = {key: adapted.bindings[key].parameter for key in adapted.spec.shapes if key not in job.frozen}
     optimizer = torch.optim.AdamW(_groups(parameters, learner), weight_decay=settings.weight_decay)
     scaler = torch.amp.GradScaler(adapted.device.type, enabled=adapted.precision == torch.float16)
-    anchors = [parameter.detach().clone() for parameter in parameters.values()] if settings.proximal else []
+    pull = _pull(parameters, learner, job)
     batches = batches_from(learner.examples, settings.batch_size, learner.seed, job.partition, job.position)
     seen = _Seen()
     first_step = (job.round - 1) * settings.steps
@@ -92,7 +100,7 @@ def fit(learner: TorchLearner, adapter: AdapterState, job: FitJob) -> Fitted:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             _accumulate(learner, batches, scaler, seen)
-            _finish_step(list(parameters.values()), anchors, optimizer, scaler, settings)
+            _finish_step(list(parameters.values()), pull, optimizer, scaler, settings)
     return Fitted(
         before=before,
         after=extract(adapted).tensors,
@@ -100,7 +108,63 @@ def fit(learner: TorchLearner, adapter: AdapterState, job: FitJob) -> Fitted:
         tokens=seen.tokens,
         position=job.position + settings.steps * settings.accumulation,
         metrics={"loss": _mean_loss(seen, job), "learning_rate": settings.learning_rate * rate},
+        gradients={key: np.array(total.cpu().numpy() / settings.steps) for key, total in pull.gradients.items()},
     )
+
+
+@dataclass(frozen=True)
+class _Pull:
+    """What is added to the gradients of a step, and the sums of the gradients before it, by tensor."""
+
+    terms: tuple[Callable[[], None], ...]
+    gradients: Mapping[str, torch.Tensor]
+
+
+def _pull(parameters: Mapping[str, nn.Parameter], learner: TorchLearner, job: FitJob) -> _Pull:
+    """The terms that a federation adds to a client's own gradients; each adds to `.grad` in place."""
+    terms: list[Callable[[], None]] = []
+    sums = {key: torch.zeros_like(parameters[key]) for key in job.correction if key in parameters}
+    if sums:
+        corrections = {key: torch.from_numpy(job.correction[key]).to(sums[key]) for key in sums}
+        terms.append(lambda: _correct(parameters, corrections, sums))
+    if learner.settings.proximal:
+        anchors = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+        terms.append(lambda: _attract(parameters, anchors, learner.settings.proximal))
+    if job.pruning:
+        terms.append(lambda: _shrink_tails(parameters, job.pruning))
+    return _Pull(tuple(terms), sums)
+
+
+def _correct(
+    parameters: Mapping[str, nn.Parameter], corrections: Mapping[str, torch.Tensor], sums: Mapping[str, torch.Tensor]
+) -> None:
+    for key, total in sums.items():
+        gradient = parameters[key].grad
+        if gradient is None:
+            parameters[key].grad = corrections[key].clone()
+        else:
+            total.add_(gradient)
+            gradient.add_(corrections[key])
+
+
+def _attract(parameters: Mapping[str, nn.Parameter], anchors: Mapping[str, torch.Tensor], strength: float) -> None:
+    for key, anchor in anchors.items():
+        gradient = parameters[key].grad
+        if gradient is not None:
+            gradient.add_(parameters[key].detach() - anchor, alpha=strength)
+
+
+def _shrink_tails(parameters: Mapping[str, nn.Parameter], pruning: Pruning | None) -> None:
+    """Adds the gradient of penalty × Σ ‖B[:, kept:]‖ ‖A[kept:]‖; the gradient of a norm at zero is taken as zero."""
+    for key, a in parameters.items():
+        b = parameters.get(f"{key.removesuffix('.A')}.B")
+        if pruning is None or b is None or not key.endswith(".A") or a.grad is None or b.grad is None:
+            continue
+        kept = kept_rank(a.shape[0], pruning)
+        rows, columns = a.detach()[kept:], b.detach()[:, kept:]
+        size_a, size_b = rows.norm(), columns.norm()
+        a.grad[kept:] += pruning.penalty * size_b * rows / size_a.clamp_min(_TINY)
+        b.grad[:, kept:] += pruning.penalty * size_a * columns / size_b.clamp_min(_TINY)
 
 
 def evaluate(adapted: AdaptedModel, task: Task, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
@@ -155,6 +219,14 @@ def fit_memory_bytes(learner: TorchLearner) -> int:
         loss = learner.task.loss(adapted.model, batch)
     del loss
     return 16 * adapted.spec.parameters + sum(kept.values())
+
+
+def training_memory_bytes(learner: Learner) -> int:
+    """Bytes of memory that this machine has for training: its GPU's where the model is on one, else its own."""
+    device = learner.adapted.device if isinstance(learner, TorchLearner) else torch.device("cpu")
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def learning_rate_factor(settings: TrainingConfig, step: int, steps: int) -> float:
@@ -214,15 +286,14 @@ def _accumulate(
 
 def _finish_step(
     parameters: Sequence[nn.Parameter],
-    anchors: Sequence[torch.Tensor],
+    pull: _Pull,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     settings: TrainingConfig,
 ) -> None:
     scaler.unscale_(optimizer)
-    for parameter, anchor in zip(parameters, anchors, strict=False):
-        if parameter.grad is not None:
-            parameter.grad.add_(parameter.detach() - anchor, alpha=settings.proximal)
+    for add_term in pull.terms:
+        add_term()
     if settings.max_gradient_norm:
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm)
     scaler.step(optimizer)

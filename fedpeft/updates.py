@@ -14,7 +14,8 @@ class Update:
     """One client's contribution: trained minus received, always.
 
     `delta` holds the tensors of `spec`. `examples` and `tokens` are what it was trained on; `count` is how
-    many clients it stands for. `metrics` are for people, never for the algebra.
+    many clients it stands for. `metrics` are for people, never for the algebra. `control` is how the client's
+    control variate moved, where the federation keeps them.
     """
 
     spec: AdapterSpec
@@ -23,6 +24,7 @@ class Update:
     tokens: int
     count: int = 1
     metrics: Mapping[str, float] = field(default_factory=dict)
+    control: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,32 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Drift:
+    """How the residual beside the base came about, so that a node which has some of it is sent the rest.
+
+    Columns are appended round by round; `ranks` are how many each module had, in order of path, after each round.
+    They were all rewritten after round `epoch`, so that nobody's older columns are of use.
+    """
+
+    epoch: int = 0
+    ranks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a node is known to have: the residual as after `round`, and what never changes, at rank `rank`."""
+
+    round: int
+    rank: int
+
+
+@dataclass(frozen=True)
 class ServerState:
     """Everything that a round changes; to resume is to load it.
 
     `run` names this run and no other, `round` counts the rounds that are done. `optimizer` holds the server
-    optimiser's tensors, `progress` what early stopping remembers.
+    optimiser's tensors, `progress` what early stopping remembers. `drift` and `holdings` (by partition) say who
+    has which part of the adapter's residual. `control` is the mean of the clients' control variates.
     """
 
     run: str
@@ -47,3 +70,6 @@ class ServerState:
     adapter: AdapterState
     optimizer: Tensors = field(default_factory=dict)
     progress: Mapping[str, float] = field(default_factory=dict)
+    drift: Drift = field(default_factory=Drift)
+    holdings: Mapping[int, Holding] = field(default_factory=dict)
+    control: Tensors = field(default_factory=dict)

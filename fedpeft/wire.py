@@ -12,16 +12,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
-from fedpeft.adapters import AdapterSpec, AdapterState
+from fedpeft.adapters import AdapterSpec, at_rank, greatest_rank, norm
+from fedpeft.codecs import dense
 from fedpeft.errors import PacketError, sentence
 from fedpeft.strategy import Strategy
-from fedpeft.updates import ServerState, Update
+from fedpeft.updates import Update
 from fedpeft.version import VERSION
 
 Scalar = bool | int | float | str
 
 MOST_EXAMPLES = 10**9
 """The most examples or tokens that a client may claim."""
+
+_EXACT = dense()
 
 MOST_METRICS = 64
 """The most figures that a reply may carry, and the most characters of a figure's name."""
@@ -77,57 +80,54 @@ class Transport(Protocol):
         ...
 
 
-def fit_request(strategy: Strategy, state: ServerState, session: Session) -> Packet:
-    """The packet that asks a client to train from `state` in the round after it."""
-    body = strategy.codec.encode(state.adapter.tensors, state.adapter.spec)
-    return Packet("fit", session.manifest(state.round + 1), body)
-
-
-def evaluate_request(strategy: Strategy, state: ServerState, session: Session) -> Packet:
-    """The packet that asks a client to score `state`'s adapter on its own rows."""
-    body = strategy.codec.encode(state.adapter.tensors, state.adapter.spec)
-    return Packet("evaluate", session.manifest(state.round), body)
-
-
-def read_adapter(packet: Packet, strategy: Strategy, spec: AdapterSpec) -> AdapterState:
-    """The adapter that a request carries, checked against `spec`."""
-    tensors = strategy.codec.decode(packet.body, spec)
-    spec.require(tensors, f"{packet.kind} request")
-    return AdapterState(spec, tensors)
-
-
-def fit_reply(strategy: Strategy, update: Update, manifest: Mapping[str, Scalar]) -> Packet:
-    """The packet that carries a client's update."""
+def fit_reply(strategy: Strategy, update: Update, manifest: Mapping[str, Scalar], rank: int) -> Packet:
+    """The packet that carries the update of a client that is at `rank` now."""
     body = strategy.codec.encode(update.delta, update.spec)
+    if strategy.controls:
+        body += _EXACT.encode(update.control, update.spec)
     metrics = {f"metric.{key}": float(value) for key, value in update.metrics.items()}
-    return Packet("update", {**manifest, "examples": update.examples, "tokens": update.tokens, **metrics}, body)
+    counts = {"rank": rank, "examples": update.examples, "tokens": update.tokens}
+    return Packet("update", {**manifest, **counts, **metrics}, body)
 
 
 def read_update(packet: Packet, strategy: Strategy, spec: AdapterSpec, expected: Mapping[str, Scalar]) -> Update:
-    """The update in a client's reply; `spec` is what the client was to send.
+    """The update in a client's reply; `spec` is the adapter that the client was sent, at its rank.
 
     Raises:
-        PacketError: another kind, run, round, partition or digest than expected, a payload of the wrong size,
-            a count that is not a positive integer, a metric that is not finite.
+        PacketError: another kind, run, round, partition or digest than expected, a rank above the one that was
+            asked for, a payload of the wrong size, a count that is not a positive integer, a metric that is not
+            finite.
         AdapterError: numbers that are not finite.
     """
     require_manifest(packet, "update", expected)
     place = f"update of partition {expected['partition']}"
-    limit = strategy.codec.size(spec)
-    if len(packet.body) > limit:
+    most = greatest_rank(spec)
+    rank = _count(packet.manifest, "rank", place, most) if most else 0
+    shared = strategy.stage.shared(at_rank(spec, rank), int(expected["round"]))
+    control = _EXACT.size(shared) if strategy.controls else 0
+    limit = strategy.codec.size(shared) + control
+    if len(packet.body) > limit or len(packet.body) < control:
         raise PacketError(
             sentence(
-                place, expected=f"at most {limit} bytes", found=len(packet.body), remedy="use the same adapter settings"
+                place,
+                expected=f"at most {limit} bytes, those of {len(shared.shapes)} tensors at rank {rank}",
+                found=len(packet.body),
+                remedy="use the same adapter settings",
             )
         )
-    delta = strategy.codec.decode(packet.body, spec)
-    spec.require(delta, place)
+    own = len(packet.body) - control
+    delta = strategy.codec.decode(packet.body[:own], shared)
+    shared.require(delta, place)
+    variate = _EXACT.decode(packet.body[own:], shared) if strategy.controls else {}
+    if strategy.controls:
+        shared.require(variate, f"{place}, control variate")
     return Update(
-        spec,
+        shared,
         delta,
-        examples=_count(packet.manifest, "examples", place),
-        tokens=_count(packet.manifest, "tokens", place),
+        examples=_count(packet.manifest, "examples", place, MOST_EXAMPLES),
+        tokens=_count(packet.manifest, "tokens", place, MOST_EXAMPLES),
         metrics=read_metrics(packet, place),
+        control=variate,
     )
 
 
@@ -174,13 +174,27 @@ def require_manifest(packet: Packet, kind: str, expected: Mapping[str, Scalar]) 
             )
 
 
-def _count(manifest: Mapping[str, Scalar], key: str, place: str) -> int:
+def require_norm(update: Update, most: float, place: str) -> None:
+    """Raises PacketError if the update is longer than `most` (0: no bound)."""
+    size = norm(update.delta) if most else 0.0
+    if size > most:
+        raise PacketError(
+            sentence(
+                place,
+                expected=f"a norm of at most {most:g}",
+                found=f"{size:g}",
+                remedy="clip or lower the learning rate",
+            )
+        )
+
+
+def _count(manifest: Mapping[str, Scalar], key: str, place: str, most: int) -> int:
     value = manifest.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MOST_EXAMPLES:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
         raise PacketError(
             sentence(
                 f"{place}, {key}",
-                expected=f"an integer from 1 to {MOST_EXAMPLES}",
+                expected=f"an integer from 1 to {most}",
                 found=repr(value),
                 remedy="correct the node",
             )

@@ -1,6 +1,8 @@
 import json
 import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft import checkpoint
+from fedpeft import checkpoint, residuals
 from fedpeft.errors import CheckpointError
-from fedpeft.updates import ServerState
-from tests.toys import flat, numbers, state
+from fedpeft.updates import Drift, Holding, ServerState
+from tests.toys import WIDE, counted, flat, numbers, state, wide_state
 
 values = st.floats(width=32, allow_nan=False)
 triples = st.tuples(values, values, values)
@@ -52,6 +54,54 @@ def test_a_state_comes_back_to_the_bit(
     assert {key: (v.dtype, v.tolist()) for key, v in back.optimizer.items()} == {
         key: (v.dtype, v.tolist()) for key, v in optimizer.items()
     }
+
+
+ranks = st.tuples(st.integers(0, 9), st.integers(0, 9))
+
+
+@given(
+    ranks,
+    st.integers(0, 9),
+    st.dictionaries(st.integers(0, 10**6), ranks, max_size=3),
+    st.dictionaries(st.integers(0, 99), st.builds(Holding, st.integers(0, 9), st.integers(0, 64)), max_size=4),
+    st.booleans(),
+)
+def test_the_residual_and_who_has_it_come_back_to_the_bit(
+    tmp_path_factory: pytest.TempPathFactory,
+    own: tuple[int, int],
+    epoch: int,
+    after: dict[int, tuple[int, ...]],
+    holdings: dict[int, Holding],
+    controls: bool,
+) -> None:
+    folder = tmp_path_factory.mktemp("law")
+    random = np.random.default_rng(epoch)
+    spec = residuals.specification(WIDE, own)
+    residual = {key: random.standard_normal(shape).astype(np.float32) for key, shape in spec.shapes.items()}
+    control = {key: value + 1 for key, value in counted().items()} if controls else {}
+    one = wide_state(3, residual=residual, drift=Drift(epoch, after), holdings=holdings, control=control)
+    checkpoint.save(folder, one)
+    back = checkpoint.load(folder)
+    assert (back.drift, back.holdings) == (one.drift, one.holdings)
+    for found, expected in ((back.adapter.residual, residual), (back.control, control), (back.optimizer, {})):
+        assert {key: (v.dtype, v.shape, v.tobytes()) for key, v in found.items()} == {
+            key: (v.dtype, v.shape, v.tobytes()) for key, v in expected.items()
+        }
+    assert flat(back.adapter.tensors) == flat(counted())
+    assert type(next(iter(back.drift.ranks.values()), ())) is tuple
+
+
+def test_tensors_of_one_name_are_told_apart() -> None:
+    """What the adapter, its residual, the optimiser and the control variates call alike are four tensors."""
+    one = {"layer.A": np.full((1, 1), 1, np.float32)}
+    two, three, four = ({key: value + by for key, value in one.items()} for by in (1, 2, 3))
+    held = state(1, 1, 1, optimizer=three, control=four)
+    held = replace(held, adapter=replace(held.adapter, residual=two))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(Path(folder), held)
+        back = checkpoint.load(Path(folder))
+    found = [back.adapter.tensors, back.adapter.residual, back.optimizer, back.control]
+    assert [float(tensors["layer.A"][0, 0]) for tensors in found] == [1, 2, 3, 4]
 
 
 def test_the_newest_is_loaded_and_two_are_kept(tmp_path: Path) -> None:

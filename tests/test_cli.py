@@ -5,13 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from fedpeft.cli import main
+from fedpeft.commands.check import traffic
+from fedpeft.experiment import adapted_model
+from fedpeft.federate import federate
+from fedpeft.report.units import human_bytes
+from fedpeft.runs import folder_for
+from fedpeft.wire import Failure, Packet, Transport
+from tests import tiny
 
 
 class Result(NamedTuple):
@@ -55,6 +63,28 @@ def in_a_process(*arguments: str, folder: Path, **environment: str) -> Result:
         check=False,
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A transport that notes the bytes of every payload, by partition, one entry an exchange."""
+
+    inner: Transport
+    down: list[dict[int, int]] = field(default_factory=list)
+    up: list[dict[int, int]] = field(default_factory=list)
+
+    def partitions(self) -> tuple[int, ...]:
+        return self.inner.partitions()
+
+    def exchange(
+        self, requests: Mapping[int, Packet], timeout_seconds: float
+    ) -> Iterator[tuple[int, Packet | Failure]]:
+        self.down.append({partition: len(packet.body) for partition, packet in requests.items()})
+        self.up.append({})
+        for partition, reply in self.inner.exchange(requests, timeout_seconds):
+            if isinstance(reply, Packet):
+                self.up[-1][partition] = len(reply.body)
+            yield partition, reply
 
 
 def settings(tiny_run: str, folder: Path) -> Path:
@@ -148,12 +178,104 @@ def test_a_run_from_settings_to_export(fedpeft: Command, tiny_run: str, tmp_path
 
     assert fedpeft("report", "run", "--pictures", "plots", folder=tmp_path).returncode == 0
     assert (tmp_path / "plots" / "merge-error.svg").exists()
-    assert "| federation |" in fedpeft("report", "run", "--markdown", folder=tmp_path).stdout
+    assert "| federation (fedavg) |" in fedpeft("report", "run", "--markdown", folder=tmp_path).stdout
     assert "| run |" in fedpeft("report", "run", "run", "--markdown", folder=tmp_path).stdout
     assert fedpeft("export", "run", "--out", "merged", "--merged", folder=tmp_path).returncode == 0
     assert (tmp_path / "merged" / "model.safetensors").exists()
     one_sentence(fedpeft("export", "run", "--out", "merged", folder=tmp_path), "merged")
     one_sentence(fedpeft("simulate", "--resume", "run", "--set", "rounds=9", folder=tmp_path), "rounds=9")
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        # 4 LoRA modules of 16 × 16: 512 B a rank; a head of 3 × 16 + 3 numbers: 204 B. 4 rounds, 2 of 3 clients each.
+        (
+            ("aggregation.merge.rule=fedavg",),
+            {
+                "merge rule": "fedavg",
+                "ranks": "equal: 3",
+                "a client receives": "1.74 kB a round",
+                "a client sends": "1.74 kB a round",
+                "a round moves": "6.96 kB over 2 clients",
+                "the run moves": "27.8 kB over 4 rounds",
+            },
+        ),
+        (
+            ("aggregation.merge.rule=flora", "federation.ranks.rule=listed", "federation.ranks.listed.ranks=[1, 3]"),
+            {
+                "merge rule": "flora",
+                "ranks": "listed: 1, 3",
+                "rank 1 receives": "716 B a round",
+                "rank 1 sends": "716 B a round",
+                "rank 3 receives": "1.74 kB a round",
+                "rank 3 sends": "1.74 kB a round",
+                # Of three sites two have rank 1: 2 clients × 2 ways × (716 + 1740 + 716) / 3.
+                "a round moves": "about 4.23 kB over 2 clients",
+                "the base takes up": "a residual of rank up to 16; an export has that on top of rank 3",
+                "the residual adds": "at most 8.19 kB to what a client receives in a round",
+            },
+        ),
+        (
+            ("aggregation.merge.rule=flora", "aggregation.merge.flora.budget=5", "federation.ranks.rule=declared"),
+            {
+                "ranks": "declared: as each node says, 1 to 3",
+                "rank 2 sends": "1.23 kB a round",
+                "a round moves": "2.86 kB to 6.96 kB over 2 clients",
+                "the base takes up": "a residual of rank up to 5; an export has that on top of rank 3",
+                "the residual adds": "at most 2.56 kB to what a client receives in a round",
+            },
+        ),
+        # A, 768 B, is sent once; B and the head after that.
+        (
+            ("aggregation.merge.rule=ffa_lora",),
+            {
+                "a client receives": "972 B a round, 1.74 kB the first time",
+                "a client sends": "972 B a round",
+                "the run moves": "17.9 kB over 4 rounds",
+            },
+        ),
+        (("adapter.family=ia3",), {"merge rule": "fedavg", "a client receives": "780 B a round"}),
+    ],
+)
+def test_a_check_tells_what_each_rank_sends_and_what_the_rule_adds(
+    fedpeft: Command, tiny_run: str, tmp_path: Path, changes: tuple[str, ...], rows: dict[str, str]
+) -> None:
+    asked = [
+        part for change in ("rounds=4", "federation.ranks.declared.default=2", *changes) for part in ("--set", change)
+    ]
+    checked = fedpeft("check", str(settings(tiny_run, tmp_path)), *asked, folder=tmp_path)
+    assert checked.returncode == 0, checked.stderr
+    told = dict(line.split("  ", 1) for line in checked.stdout.splitlines() if "  " in line)
+    assert {what: told[what].strip() for what in rows} == rows
+    assert ("the base takes up" in told) == ("the base takes up" in rows)
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "ffa_lora", "rolora", "fedsa_lora", "flora"])
+def test_a_check_agrees_with_what_a_run_sends(rule: str, tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> None:
+    ranks = {"rule": "listed", "listed": {"ranks": [1, 2, 3]}}
+    config = tiny.run_config(
+        tiny_model,
+        tiny_rows,
+        tmp_path / "run",
+        seed=11,
+        federation={"clients": 3, "cohort": 3, "ranks": ranks},
+        aggregation={"merge": {"rule": rule}},
+        evaluation={"every": 0},
+    )
+    told = dict(traffic(config, adapted_model(config).spec))
+    folder = folder_for(config)
+    counted = Counted(tiny.transport(config, folder))
+    federate(config, folder, counted, engine="local")
+    residual = max(down[site] - counted.down[0][site] for down in counted.down for site in down)
+    if "the residual adds" in told:
+        # Fresh ranks 6, 12, 18 meet weights of 16 × 16: after round 3 all 16 columns of 4 modules go down anew.
+        assert residual == 4 * 16 * (16 + 16) * 4
+        assert told["the residual adds"].startswith(f"at most {human_bytes(residual)} ")
+    else:
+        assert residual == 0
+        total = sum(sum(sizes.values()) for sizes in (*counted.down, *counted.up))
+        assert told["the run moves"] == f"about {human_bytes(total)} over 4 rounds"
 
 
 def test_a_new_project_is_a_flower_app_that_checks(fedpeft: Command, tmp_path: Path) -> None:

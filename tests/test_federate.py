@@ -102,8 +102,15 @@ def gone_on(root: Path, watcher: Watcher) -> None:
 def state(root: Path) -> dict[str, Any]:
     """Everything in the newest checkpoint but the run's own name."""
     found = checkpoint.load(root / "checkpoint")
-    tensors = {key: value.tobytes() for key, value in found.adapter.tensors.items()}
-    return {"adapter": tensors, "round": found.round, "seed": found.seed, "progress": found.progress}
+    parts = {
+        "adapter": found.adapter.tensors,
+        "residual": found.adapter.residual,
+        "control": found.control,
+        "optimizer": found.optimizer,
+    }
+    tensors = {part: {key: value.tobytes() for key, value in held.items()} for part, held in parts.items()}
+    plain = {"round": found.round, "seed": found.seed, "progress": found.progress}
+    return {**tensors, **plain, "drift": found.drift, "holdings": found.holdings}
 
 
 def test_a_run_leaves_everything_in_its_folder(config: Callable[..., RunConfig]) -> None:
@@ -140,14 +147,24 @@ def test_the_learning_rate_is_scheduled_over_the_run(config: Callable[..., RunCo
     assert rates[-1] == pytest.approx(0.001)
 
 
+UNLIKE = {"clients": 3, "cohort": 2, "ranks": {"rule": "listed", "listed": {"ranks": [1, 3, 2]}}}
+DRIFTING: list[tuple[str, dict[str, Any]]] = [
+    ("lora", {"aggregation": {"merge": {"rule": "flora"}}, "federation": UNLIKE}),
+    ("lora", {"aggregation": {"merge": {"rule": "fedex", "fedex": {"budget": 4}}}, "federation": UNLIKE}),
+]
+"""Runs whose base takes something up."""
+
+
 # peft asks each model for a property that transformers has renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@families
-def test_what_is_deployed_is_what_was_scored(tiny_model: Path, config: Callable[..., RunConfig], family: str) -> None:
-    made = config(adapter={"family": family})
+@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in sorted(FAMILIES)), *DRIFTING])
+def test_what_is_deployed_is_what_was_scored(
+    tiny_model: Path, config: Callable[..., RunConfig], family: str, changes: dict[str, Any]
+) -> None:
+    made = config(adapter={"family": family}, **changes)
     end = begin(made)[-1]
     root, adapted = Path(made.out), adapted_model(made)
-    final = checkpoint.load(root / "checkpoint").adapter
+    final = experiment.strategy_of(made).finalize(checkpoint.load(root / "checkpoint"))
     install(adapted, final)
     found = evaluate(adapted, task_of(made), experiment.test_examples(made), 64)
     assert found["loss"] == pytest.approx(end["evaluation"]["loss"], rel=1e-6)
@@ -159,17 +176,27 @@ def test_what_is_deployed_is_what_was_scored(tiny_model: Path, config: Callable[
     assert torch.equal(logits(loaded), logits(adapted.model))
 
 
-CASES = [
+def merged_by(rule: str, **settings: Any) -> dict[str, Any]:
+    return {"aggregation": {"merge": {"rule": rule, rule: settings}}}
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in sorted(FAMILIES)),
-    ("lora", {"stages": {"local": ["classifier.*"]}}),
-    ("lora", {"stages": {"frozen": ["*.A"]}}),
-    ("ia3", {"stages": {"local": ["*.key.l"], "frozen": ["classifier.bias"], "clip_norm": 0.05}}),
+    ("lora", {"aggregation": {"stages": {"local": ["classifier.*"]}}}),
+    ("lora", {"aggregation": {"stages": {"frozen": ["*.A"]}}}),
+    ("ia3", {"aggregation": {"stages": {"local": ["*.key.l"], "frozen": ["classifier.bias"], "clip_norm": 0.05}}}),
+    ("lora", {**merged_by("flora", budget=4), "federation": UNLIKE}),
+    ("lora", {**merged_by("fedex"), "federation": UNLIKE}),
+    ("lora", {**merged_by("ffa_lora"), "federation": UNLIKE}),
+    ("lora", {**merged_by("rolora"), "training": {"scaffold": True}}),
+    ("lora", {**merged_by("fedsa_lora"), "federation": UNLIKE, "evaluation": {"on_clients": True}}),
+    ("lora", {**merged_by("hetlora", keep=0.5, penalty=10.0)}),
 ]
 
 
-@pytest.mark.parametrize(("family", "aggregation"), CASES)
-def test_resumed_is_never_stopped(config: Callable[..., RunConfig], family: str, aggregation: dict[str, Any]) -> None:
-    changes = {"adapter": {"family": family}, "aggregation": aggregation, "rounds": 3}
+@pytest.mark.parametrize(("family", "settings"), CASES)
+def test_resumed_is_never_stopped(config: Callable[..., RunConfig], family: str, settings: dict[str, Any]) -> None:
+    changes = {**settings, "adapter": {"family": family}, "rounds": 3}
     whole = begun(config("whole", **changes), cut_at(3))
     parts = begun(config("parts", **changes), cut_at(1))
     for watcher in (cut_at(2, replies=1), cut_at(2, replies=2), cut_at(2), cut_at(3, replies=1), cut_at(3)):
@@ -329,6 +356,63 @@ def test_a_plan_that_cannot_be_carried_out_leaves_nothing(
     assert not Path(made.out).exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"federation": {"ranks": {"rule": "listed", "listed": {"ranks": [2, 9]}}}}, "of at most 3, .* found 9"),
+        ({"federation": {"ranks": {"rule": "declared", "declared": {"default": 8}}}}, "of at most 3, .* found 8"),
+        ({**merged_by("krum")}, "at least 5 updates in every round, .* found 1"),
+        ({**merged_by("median"), "federation": {**UNLIKE, "quorum": 2}}, "one rank for all nodes"),
+        ({**merged_by("fed_sb")}, "set adapter.family=lora_sb"),
+        ({**merged_by("flora"), "adapter": {"family": "ia3"}}, "for adapters of family ia3"),
+        ({"training": {"scaffold": True}, **merged_by("flora")}, "training.scaffold"),
+    ],
+)
+def test_a_plan_against_the_law_leaves_nothing(
+    config: Callable[..., RunConfig], changes: dict[str, Any], words: str
+) -> None:
+    made = config(**changes)
+    with pytest.raises(PlanError, match=words):
+        begin(made)
+    assert not Path(made.out).exists()
+
+
+def test_an_update_past_the_bound_is_refused_and_the_run_goes_on(config: Callable[..., RunConfig]) -> None:
+    plain = journal.read(begun(config("plain", federation={"cohort": 3}), cut_at(1)) / "journal.jsonl")[1]
+    norms = sorted(client["update_norm"] for client in plain["clients"])
+    bound = (norms[1] + norms[2]) / 2
+    made = config(federation={"cohort": 3, "most_update_norm": bound})
+    found = journal.read(begun(made, cut_at(1)) / "journal.jsonl")[1]
+    assert [len(found["clients"]), len(found["failures"])] == [2, 1]
+    assert f"expected a norm of at most {bound:g}, found {norms[2]:g}" in found["failures"][0]["reason"]
+    assert max(client["update_norm"] for client in found["clients"]) <= bound
+
+
+def test_nodes_of_unlike_rank_train_what_they_can_hold(config: Callable[..., RunConfig]) -> None:
+    made = config(federation={**UNLIKE, "cohort": 3}, rounds=2)
+    rounds = [record for record in begin(made) if record["event"] == "round"]
+    spec = adapted_model(made).spec
+    head = 3 * 16 + 3
+    for record in rounds:
+        assert [client["rank"] for client in record["clients"]] == [1, 3, 2]
+        # Four modules of 16 x 16 in each rank, and the head; the rest of a packet is its manifest.
+        up = [client["bytes_up"] for client in record["clients"]]
+        assert up[1] - up[0] == 2 * (up[2] - up[0]) == 2 * 4 * 4 * 32
+        assert 4 * (4 * 32 + head) < up[0] < 4 * (4 * 32 + head) + 1000
+        assert set(record["merge_errors"]) == {module.path for module in spec.modules if module.rank}
+
+
+def test_what_went_into_the_base_is_deployed_with_the_adapter(config: Callable[..., RunConfig]) -> None:
+    made = config(**merged_by("fedex"), federation=UNLIKE, rounds=2)
+    records = begin(made)
+    settings = json.loads((Path(made.out) / "adapter" / "adapter_config.json").read_text())
+    taken_up = [record["residual_rank"] for record in records if record["event"] == "round"]
+    assert taken_up[0] > 0
+    assert settings["r"] == 3 + taken_up[-1]
+    errors = [record["merge_error"] for record in records if record["event"] == "round"]
+    assert all(error < 1e-6 for error in errors)
+
+
 def test_a_missed_quorum_leaves_what_was_recorded(config: Callable[..., RunConfig]) -> None:
     made = config(federation={"clients": 3, "cohort": 2, "deadline_seconds": 1e-9})
     with pytest.raises(QuorumError, match="round 1: expected at least 1 usable updates, found 0") as caught:
@@ -376,3 +460,12 @@ def test_runs_of_the_same_settings_end_in_the_same_adapter(config: Callable[...,
     assert state(one) == state(other)
     assert checkpoint.load(one / "checkpoint").run != checkpoint.load(other / "checkpoint").run
     assert state(begun(config("seed", rounds=2, seed=6), cut_at(2)))["adapter"] != state(one)["adapter"]
+
+
+def test_nodes_lower_their_own_rank(config: Callable[..., RunConfig]) -> None:
+    made = config(**merged_by("hetlora", keep=0.5, penalty=100.0), federation={"cohort": 3})
+    records = [record for record in begin(made) if record["event"] == "round"]
+    ranks = np.array([[client["rank"] for client in record["clients"]] for record in records])
+    assert np.all(np.diff(ranks, axis=0) <= 0)
+    assert set(ranks[0].tolist()) <= {1, 3}
+    assert ranks.min() == 1

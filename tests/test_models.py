@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +14,14 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 from fedpeft import models
-from fedpeft.adapters import AdapterState
+from fedpeft.adapters import AdapterSpec, AdapterState, absorbed, at_ranks, low_rank_modules
 from fedpeft.config.adapters import Lora
 from fedpeft.errors import AdapterError, ModelError, RunFolderError
+from fedpeft.models import AdaptedModel
+from fedpeft.randomness import rng
 from fedpeft.runs import write_folder
 from tests import tiny
 from tests.tiny import FAMILIES, LABELS, logits, moved
@@ -255,6 +263,235 @@ def test_dropout_is_what_the_settings_say(tiny_model: Path) -> None:
         adapted = tiny.load(tiny_model, dropout=rate)
         found = {m.p for m in adapted.model.modules() if isinstance(m, torch.nn.Dropout)}
         assert found == {rate}
+
+
+# Other ranks, and a residual beside the base, against weights that are changed densely.
+
+
+@pytest.fixture(scope="module")
+def tiny_gpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random GPT-2, whose layers hold their weights transposed, with the tokenizer of the tiny BERT."""
+    folder = tiny.build(tmp_path_factory.mktemp("tiny-gpt"))
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+    settings = transformers.GPT2Config(
+        vocab_size=19, n_positions=40, n_embd=16, n_layer=2, n_head=2, initializer_range=0.2, pad_token_id=0
+    )
+    with torch.random.fork_rng(), contextlib.redirect_stderr(io.StringIO()):
+        torch.manual_seed(0)
+        transformers.GPT2Model(settings).save_pretrained(str(folder))
+    return folder
+
+
+# Base, and modules of unlike shapes: BERT's are 16 x 16, 24 x 16 and 16 x 24; GPT-2's 48 x 16 and 64 x 16 and the
+# embedding of 19 words. The rank is that of the square modules' sides in one case.
+BASES: dict[str, tuple[str, Lora]] = {
+    "linear": ("tiny_model", Lora(rank=3, alpha=5.0, target_modules=("query", "dense"))),
+    "out is rank": ("tiny_model", Lora(rank=16, alpha=8.0, target_modules=("query", "value"))),
+    "conv1d": ("tiny_gpt", Lora(rank=3, alpha=5.0, target_modules=("c_attn", "c_fc"))),
+    "embedding": ("tiny_gpt", Lora(rank=3, alpha=5.0, target_modules=("wte", "c_attn"))),
+    "stabilised": ("tiny_model", Lora(rank=4, alpha=6.0, rank_stabilised=True)),
+}
+
+
+@pytest.fixture(scope="module", params=sorted(BASES))
+def base(request: pytest.FixtureRequest) -> tuple[Path, AdaptedModel]:
+    """The folder of a base, and the base with an adapter on it; tests install what they need."""
+    name, settings = BASES[request.param]
+    source: Path = request.getfixturevalue(name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
+        return source, tiny.load(source, settings)
+
+
+def drawn(spec: AdapterSpec, seed: int = 0) -> dict[str, np.ndarray]:
+    random = rng(seed, "drawn")
+    return {key: (0.3 * random.standard_normal(shape)).astype(np.float32) for key, shape in spec.shapes.items()}
+
+
+def unlike(adapted: AdaptedModel, *ranks: int, residual: tuple[int, ...] = (), seed: int = 0) -> AdapterState:
+    """A random adapter at these ranks, turn by turn, and a residual at those (none: none)."""
+    paths = [module.path for module in low_rank_modules(adapted.spec)]
+
+    def at(given: tuple[int, ...]) -> AdapterSpec:
+        return at_ranks(adapted.spec, {path: given[turn % len(given)] for turn, path in enumerate(paths)})
+
+    beside = at(residual).only(f"{path}.{name}" for path in paths for name in "AB") if residual else None
+    spec = at(ranks)
+    return AdapterState(spec, drawn(spec, seed), drawn(beside, seed + 1) if beside else {})
+
+
+def dense_logits(source: Path, state: AdapterState) -> torch.Tensor:
+    """What a stock model computes whose weights were changed by B A and by the residual's."""
+    model = stock(source)
+    products = [
+        (module.path, tensors[f"{module.path}.B"].astype(np.float64) @ tensors[f"{module.path}.A"])
+        for tensors in (state.tensors, state.residual)
+        for module in low_rank_modules(state.spec)
+        if f"{module.path}.A" in tensors
+    ]
+    with torch.no_grad():
+        for path, product in products:
+            layer = model.get_submodule(path)
+            change = torch.from_numpy(product)
+            layer.weight += (change if isinstance(layer, torch.nn.Linear) else change.T).float()  # type: ignore[operator]
+        for key, value in state.tensors.items():
+            if key.startswith(("classifier", "score")):
+                model.get_parameter(key).copy_(torch.from_numpy(value))
+    return logits(model)
+
+
+RANKS = [(3,), (1, 4, 2), (20,)]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_model_computes_at_the_ranks_that_it_is_given(
+    base: tuple[Path, AdaptedModel], ranks: tuple[int, ...]
+) -> None:
+    source, adapted = base
+    state = unlike(adapted, *ranks)
+    models.install(adapted, state)
+    np.testing.assert_allclose(logits(adapted.model), dense_logits(source, state), atol=1e-5, rtol=1e-5)
+    back = models.extract(adapted)
+    assert (back.spec, back.residual) == (state.spec, {})
+    for key, value in state.tensors.items():
+        np.testing.assert_allclose(back.tensors[key], value, rtol=2**-22, atol=0)
+
+
+@pytest.mark.parametrize(("ranks", "residual"), [((3,), (2,)), ((1, 4), (5, 0, 16))])
+def test_a_residual_acts_beside_the_base(
+    base: tuple[Path, AdaptedModel], ranks: tuple[int, ...], residual: tuple[int, ...]
+) -> None:
+    source, adapted = base
+    state = unlike(adapted, *ranks, residual=residual)
+    models.install(adapted, state)
+    np.testing.assert_allclose(logits(adapted.model), dense_logits(source, state), atol=1e-5, rtol=1e-5)
+    whole = absorbed(state)
+    assert not np.allclose(logits(adapted.model), dense_logits(source, replace(state, residual={})), atol=1e-3)
+    models.install(adapted, whole)
+    np.testing.assert_allclose(logits(adapted.model), dense_logits(source, state), atol=1e-5, rtol=1e-5)
+
+
+def test_what_was_installed_before_leaves_no_trace(base: tuple[Path, AdaptedModel]) -> None:
+    source, adapted = base
+    plain = unlike(adapted, 3)
+    models.install(adapted, plain)
+    expected = logits(adapted.model)
+    for before in (unlike(adapted, 5, 1, residual=(2, 3)), unlike(adapted, 2, residual=(1,)), unlike(adapted, 4)):
+        models.install(adapted, before)
+        logits(adapted.model)
+        models.install(adapted, plain)
+        assert torch.equal(logits(adapted.model), expected)
+        assert bits(models.extract(adapted).tensors).keys() == bits(plain.tensors).keys()
+    again = unlike(adapted, 3, residual=(2,))
+    models.install(adapted, again)
+    np.testing.assert_allclose(logits(adapted.model), dense_logits(source, again), atol=1e-5, rtol=1e-5)
+
+
+def frozen(adapted: AdaptedModel) -> dict[str, bytes]:
+    named = adapted.model.named_parameters()
+    own = {id(binding.parameter) for binding in adapted.bindings.values()}
+    return bits({name: p.detach().numpy() for name, p in named if id(p) not in own and "fedpeft_residual" not in name})
+
+
+def test_a_residual_that_is_switched_off_leaves_the_base_bit_identical(base: tuple[Path, AdaptedModel]) -> None:
+    adapted = copy.deepcopy(base[1])
+
+    def alone() -> torch.Tensor:
+        with adapted.model.disable_adapter():  # type: ignore[operator]
+            return logits(adapted.model)
+
+    models.install(adapted, adapted.initial)
+    before, held, expected = logits(adapted.model), frozen(adapted), alone()
+    models.install(adapted, unlike(adapted, 3, residual=(4,)))
+    assert frozen(adapted) == held
+    assert torch.equal(alone(), expected)
+    models.install(adapted, adapted.initial)
+    assert frozen(adapted) == held
+    assert torch.equal(logits(adapted.model), before)
+
+
+def test_a_residual_is_never_trained(base: tuple[Path, AdaptedModel]) -> None:
+    adapted = copy.deepcopy(base[1])
+    state = unlike(adapted, 2, residual=(3,))
+    models.install(adapted, state)
+    adapted.model.train()
+    adapted.model.zero_grad(set_to_none=True)
+    adapted.model(**tiny.batch(), labels=torch.tensor([0, 1, 2])).loss.backward()
+    trained = {id(binding.parameter) for binding in adapted.bindings.values()}
+    for name, parameter in adapted.model.named_parameters():
+        assert parameter.requires_grad == (id(parameter) in trained), name
+        if id(parameter) not in trained:
+            assert parameter.grad is None, name
+    gradients = {key: binding.parameter.grad for key, binding in adapted.bindings.items()}
+    assert all(grad is not None and torch.any(grad != 0) for grad in gradients.values())
+
+
+def test_drawing_the_residuals_layers_leaves_the_global_generator(tiny_model: Path) -> None:
+    adapted = tiny.load(tiny_model)
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    models.install(adapted, unlike(adapted, 3, residual=(1,)))
+    assert torch.equal(torch.rand(3), expected)
+
+
+# peft asks each model for a property that transformers has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("residual", [(), (5, 1)])
+def test_an_adapter_of_unlike_ranks_and_all_that_the_base_took_up_load_with_stock_libraries(
+    base: tuple[Path, AdaptedModel], tmp_path: Path, residual: tuple[int, ...]
+) -> None:
+    source, adapted = base
+    before = adapted.model.peft_config["default"].to_dict()  # type: ignore[union-attr,index]
+    state = unlike(adapted, 1, 4, 2, residual=residual)
+    whole = absorbed(state)
+    models.save_adapter(adapted, whole, tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(stock(source), str(tmp_path / "adapter"))
+    models.install(adapted, whole)
+    assert torch.equal(logits(loaded), logits(adapted.model))
+    np.testing.assert_allclose(logits(loaded), dense_logits(source, state), atol=1e-5, rtol=1e-5)
+    # What peft is told for the file stays out of the model.
+    assert adapted.model.peft_config["default"].to_dict() == before  # type: ignore[union-attr,index]
+
+
+# See above.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_after_a_residual_the_adapter_alone_is_saved(tiny_model: Path, tmp_path: Path) -> None:
+    adapted = tiny.load(tiny_model)
+    models.install(adapted, unlike(adapted, 3, residual=(2,)))
+    plain = unlike(adapted, 3)
+    models.save_adapter(adapted, plain, tmp_path / "adapter")
+    names = {path.name for path in (tmp_path / "adapter").rglob("*")}
+    assert "fedpeft_residual" not in names
+    assert not any("fedpeft_residual" in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    loaded = peft.PeftModel.from_pretrained(stock(tiny_model), str(tmp_path / "adapter"))
+    models.install(adapted, plain)
+    assert torch.equal(logits(loaded), logits(adapted.model))
+
+
+@pytest.mark.parametrize("residual", [(), (2,)])
+def test_a_merged_model_has_taken_up_other_ranks_and_the_residual(
+    base: tuple[Path, AdaptedModel], tmp_path: Path, residual: tuple[int, ...]
+) -> None:
+    source, adapted = base
+    state = unlike(adapted, 2, 5, residual=residual)
+    models.save_merged(adapted, state, tmp_path / "merged")
+    np.testing.assert_allclose(logits(stock(tmp_path / "merged")), dense_logits(source, state), atol=1e-4, rtol=1e-4)
+    models.install(adapted, state)
+    np.testing.assert_allclose(logits(adapted.model), dense_logits(source, state), atol=1e-5, rtol=1e-5)
+
+
+def test_ranks_aside_an_adapter_of_another_specification_is_refused(tiny_model: Path) -> None:
+    adapted, other = tiny.load(tiny_model), tiny.load(tiny_model, Lora(rank=3, alpha=5.0, layers=(1,)))
+    models.install(adapted, unlike(adapted, 2))
+    for state in (unlike(other, 3), unlike(tiny.load(tiny_model, Lora(rank=3, alpha=7.0)), 3)):
+        with pytest.raises(AdapterError, match=r"adapter: expected specification .*, found"):
+            models.install(adapted, state)
+    wrong = unlike(adapted, 2)
+    with pytest.raises(AdapterError, match=r"expected float32 of shape"):
+        models.install(adapted, AdapterState(adapted.spec, wrong.tensors))
+    assert models.extract(adapted).spec == wrong.spec
 
 
 FULL_DISK = """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from fedpeft.progress import watching
@@ -26,14 +28,14 @@ ROUND: dict[str, Any] = {
 }
 
 
-def shown(*, terminal: bool, quiet: bool = False) -> str:
+def shown(*, terminal: bool, quiet: bool = False, **changes: Any) -> str:
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=200, color_system=None)
     with watching(console, quiet=quiet) as watcher:
         watcher.start(START, 0)
         watcher.reply(1, 0, True)
         watcher.reply(1, 3, False)
-        watcher.round(ROUND)
+        watcher.round({**ROUND, **changes})
         watcher.bound("pooled data")
     return text.getvalue()
 
@@ -63,3 +65,23 @@ def test_a_terminal_gets_a_bar_of_clients_bytes_and_time_left() -> None:
 
 def test_quiet_says_nothing() -> None:
     assert shown(terminal=True, quiet=True) == ""
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("unknown", [math.nan, None])
+def test_an_error_that_is_not_a_number_is_not_shown(terminal: bool, unknown: float | None) -> None:
+    text = shown(terminal=terminal, merge_error=unknown)
+    assert "nan" not in text
+    assert "merge error" not in text
+    assert "62.5 %" in text
+
+
+@pytest.mark.parametrize(("error", "said"), [(3e-16, "< 0.001 %"), (1.138, "113.8 %"), (0.0, "0.0 %")])
+def test_an_error_is_told_as_small_as_it_is(error: float, said: str) -> None:
+    assert f"merge error {said}  " in shown(terminal=False, merge_error=error)
+
+
+def test_a_round_fits_into_the_widest_line_that_the_result_has() -> None:
+    longest = {"round": 100, "merge_error": 3e-16, "bytes_up": 123_400_000, "bytes_down": 123_400_000, "failures": []}
+    line = shown(terminal=False, **longest).splitlines()[1]
+    assert len(line) <= 120

@@ -1,6 +1,9 @@
+import contextlib
+import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +12,49 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft import journal, rounds
+from fedpeft import journal, ranks, rounds
+from fedpeft.adapters import AdapterState, at_rank, resized
+from fedpeft.client import handle
+from fedpeft.config.merges import MERGES
+from fedpeft.engines.local import answer
 from fedpeft.errors import FedPeftError, QuorumError
 from fedpeft.memory import FolderMemory
+from fedpeft.merges import rule, with_residual
+from fedpeft.ranks import RankRule
+from fedpeft.requests import fit_request
 from fedpeft.rounds import cohort_of, evaluate_on_clients, in_order, run, step
 from fedpeft.stages import keep_local
+from fedpeft.strategy import Strategy, build
+from fedpeft.updates import Holding, Memory, ServerState
 from fedpeft.wire import Failure, Packet
 from tests.toys import (
+    RUN,
     SESSION,
+    SPEC,
+    WIDE,
+    WIDE_SESSION,
     Script,
     Toy,
+    counted,
     evaluate,
     federate,
     flat,
     honest,
     nobody,
+    parts,
     plan,
     site,
     state,
     strategy,
     transport,
+    wide_state,
 )
+
+CONTROLLED = build(replace(parts(), controls=3))
+
+
+def bits(tensors: Any) -> dict[str, bytes]:
+    return {key: np.ascontiguousarray(value).tobytes() for key, value in sorted(tensors.items())}
 
 
 def test_one_round_by_hand(tmp_path: Path) -> None:
@@ -132,6 +157,14 @@ NAN = np.full(3, np.nan, "<f4").tobytes()
         (hostile(examples=0), "examples"),
         (hostile(tokens=-5), "tokens"),
         (hostile(examples=10**18), "examples"),
+        (hostile(examples=None), "examples"),
+        (hostile(examples=1.5), "examples"),
+        (hostile(rank=2), "rank: expected an integer from 1 to 1, found 2"),
+        (hostile(rank=0), "rank"),
+        (hostile(rank="1"), "rank"),
+        (hostile(rank=10**400), "rank"),
+        (hostile(body=np.array([1, np.inf, 1], "<f4").tobytes()), "NaN or infinity"),
+        (hostile(body=np.array([60, 0, 80.01], "<f4").tobytes()), "expected a norm of at most 100, found 100.008"),
         (hostile(**{"metric.loss": math.nan}), "metric.loss"),
         (hostile(**{"metric.loss": 10**400}), "metric.loss"),
         (hostile(kind="evaluation"), "field kind"),
@@ -142,8 +175,14 @@ NAN = np.full(3, np.nan, "<f4").tobytes()
 def test_an_unusable_reply_is_a_failure_on_record_and_the_round_goes_on(reply: Packet | Failure, reason: str) -> None:
     told: list[tuple[int, int, bool]] = []
     observer = rounds.Observer(lambda *event: told.append(event), lambda *_: None)
-    after, record = step(strategy(), plan(), state(), Script([(1, reply), (0, None)]), observer)
+    bounded = plan(most_norm=100.0)
+    after, record = step(strategy(), bounded, state(), Script([(1, reply), (0, None)]), observer)
     assert flat(after.adapter.tensors) == [2, 2, 2]
+    # Whatever it sent, the state is as if it had sent nothing.
+    without, _ = step(strategy(), bounded, state(), Script([(1, Failure("away")), (0, None)]), nobody())
+    assert bits(after.adapter.tensors) == bits(without.adapter.tensors)
+    assert replace(after, adapter=without.adapter) == without
+    assert after.holdings.keys() == {0}
     assert [client["partition"] for client in record["clients"]] == [0]
     assert [failure["partition"] for failure in record["failures"]] == [1]
     assert reason in record["failures"][0]["reason"]
@@ -261,7 +300,7 @@ def figures(accuracy: object, rows: object = 1) -> dict[str, object]:
 
 
 def scored(script: Script, partitions: tuple[int, ...] = (0, 1)) -> rounds.Record | None:
-    return evaluate_on_clients(strategy(), plan(), state(round_=3), script, partitions)
+    return evaluate_on_clients(strategy(), plan(), state(round_=3), script, dict.fromkeys(partitions, 1))
 
 
 def test_clients_figures_are_weighed_by_their_rows() -> None:
@@ -313,24 +352,41 @@ def test_clients_score_the_new_adapter_with_what_is_their_own(tmp_path: Path) ->
     assert records[0]["evaluation"]["accuracy"] == 0.0
 
 
-@pytest.mark.parametrize("local", [False, True])
+FEDEX = build(parts(merge=rule("examples", with_residual(0), whole=True, drifts=True), budget=3))
+FFA = build(parts(frozen=("*.A",)))
+RESUMED: dict[str, tuple[Strategy, dict[str, Any], ServerState]] = {
+    "plain": (strategy(), {}, state()),
+    "local": (strategy(keep_local(["head.*"])), {}, state()),
+    "constant": (FFA, {"session": WIDE_SESSION, "ranks": ranks.listed((1, 4, 2))}, wide_state()),
+    "drifting": (FEDEX, {"session": WIDE_SESSION, "ranks": ranks.listed((2, 4))}, wide_state()),
+    "controls": (CONTROLLED, {"session": WIDE_SESSION}, CONTROLLED.init(RUN, 0, wide_state().adapter)),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(RESUMED))
 @pytest.mark.parametrize("cut", [1, 2, 3, 4])
-def test_a_run_taken_up_again_ends_where_it_would_have(tmp_path: Path, cut: int, local: bool) -> None:
-    chosen = strategy(keep_local(["head.*"])) if local else strategy()
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    expected = federate(whole, plan(rounds=5), plan=chosen)
-    federate(parts, plan(rounds=cut), plan=chosen)
-    final = federate(parts, plan(rounds=5), plan=chosen)
-    assert flat(final.adapter.tensors) == flat(expected.adapter.tensors)
+def test_a_run_taken_up_again_ends_where_it_would_have(tmp_path: Path, cut: int, kind: str) -> None:
+    chosen, changes, first = RESUMED[kind]
+    whole, parted = tmp_path / "whole", tmp_path / "parts"
+    expected = federate(whole, plan(rounds=5, **changes), 3, chosen, first)
+    federate(parted, plan(rounds=cut, **changes), 3, chosen, first)
+    final = federate(parted, plan(rounds=5, **changes), 3, chosen, first)
+    for one, other in (
+        (final.adapter.tensors, expected.adapter.tensors),
+        (final.adapter.residual, expected.adapter.residual),
+        (final.control, expected.control),
+    ):
+        assert bits(one) == bits(other)
+    assert (final.drift, final.holdings) == (expected.drift, expected.holdings)
     timeless = [
         [{**record, "seconds": 0, "clients": 0} for record in journal.read(root / "journal.jsonl")]
-        for root in (whole, parts)
+        for root in (whole, parted)
     ]
     assert timeless[0] == timeless[1]
     for partition in range(3):
-        memories = [FolderMemory(root / "memories").load("run-1", partition, 99) for root in (whole, parts)]
+        memories = [FolderMemory(root / "memories").load("run-1", partition, 99) for root in (whole, parted)]
         assert memories[0].fields == memories[1].fields
-        assert flat(memories[0].tensors) == flat(memories[1].tensors)
+        assert bits(memories[0].tensors) == bits(memories[1].tensors)
 
 
 def test_early_stopping_is_remembered_across_a_stop(tmp_path: Path) -> None:
@@ -355,3 +411,359 @@ def test_a_client_that_breaks_in_one_round_is_back_in_the_next(tmp_path: Path) -
     assert records[1]["failures"] == []
     # Round 1: 2 of client 0 alone. Round 2: client 0 a third from 2 to 4, client 1 half from 2 to 8: 2 + (2/3 + 3) / 2.
     assert flat(final.adapter.tensors) == pytest.approx([2 + (2 / 3 + 3) / 2] * 3)
+
+
+def test_an_update_as_long_as_the_bound_counts() -> None:
+    script = Script([(0, None), (1, hostile(body=np.array([60, 0, 80], "<f4").tobytes()))])
+    after, record = step(strategy(), plan(most_norm=100.0), state(), script, nobody())
+    assert (after.round, record["failures"]) == (1, [])
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_a_bad_update_counts_for_no_quorum(usable: bool) -> None:
+    script = Script([(0, None), (1, None if usable else hostile(body=NAN))])
+    if usable:
+        assert step(strategy(), plan(quorum=2), state(), script, nobody())[0].round == 1
+        return
+    with pytest.raises(QuorumError, match=r"found 1 \(partition 1: .*NaN or infinity"):
+        step(strategy(), plan(quorum=2), state(), script, nobody())
+
+
+@pytest.mark.parametrize("rank", ["high", pytest.param(10**400, id="vast"), math.nan, math.inf, -3, True, None])
+def test_what_is_said_of_a_rank_where_there_is_none_harms_nobody(rank: Any) -> None:
+    spec = SPEC.only(["head.weight"])
+    session, first = replace(SESSION, spec=spec.digest), state(0, 0, 0)
+    first = replace(first, adapter=AdapterState(spec, {"head.weight": np.zeros(1, np.float32)}))
+    plain = handle(fit_request(strategy(), first, session, 0), Memory(), site(0, learner=Toy(0, spec=spec)))[0]
+    said = {key: value for key, value in {**plain.manifest, "rank": rank}.items() if value is not None}
+    script = Script([(0, Packet("update", said, plain.body)), (1, Failure("away"))])
+    after, record = step(strategy(), plan(session=session), first, script, nobody())
+    assert after.round == 1
+    assert [client["partition"] for client in record["clients"]] in ([0], [])
+    json.dumps(record)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "flexlora", "flora", "fedex", "hetlora", "median", "geometric_median"])
+@pytest.mark.parametrize("size", [1e19, 3e38])
+def test_numbers_as_great_as_float32_holds_end_in_words_or_not_at_all(name: str, size: float) -> None:
+    chosen = build(replace(parts(), method=MERGES.members[name]().build()))
+    first = wide_state()
+    packets = []
+    for partition in range(2):
+        request = fit_request(chosen, first, WIDE_SESSION, partition)
+        reply = handle(request, Memory(), site(partition, chosen, Toy(partition, spec=WIDE)))[0]
+        packets.append((partition, Packet("update", reply.manifest, np.full(WIDE.parameters, size, "<f4").tobytes())))
+    with contextlib.suppress(FedPeftError):
+        step(chosen, plan(session=WIDE_SESSION), first, Script(packets), nobody())  # type: ignore[arg-type]
+
+
+# Nodes of unlike rank.
+
+
+@dataclass
+class Nodes:
+    """Sites of this process that say ranks and memory of their own, which may be others each round.
+
+    `said[round][partition]` are the arguments of `site`; the last entry holds for all rounds after it. `asked` are
+    the packets that went down, by round.
+    """
+
+    plan: Strategy
+    root: Path
+    said: list[dict[int, dict[str, Any]]] = field(default_factory=lambda: [{}])
+    clients: int = 2
+    asked: list[tuple[int, Packet]] = field(default_factory=list)
+    toys: dict[int, Toy] = field(default_factory=dict)
+    replaced: dict[tuple[str, int], Packet | Failure] = field(default_factory=dict)
+
+    def partitions(self) -> tuple[int, ...]:
+        return tuple(range(self.clients))
+
+    def exchange(
+        self, requests: Mapping[int, Packet], timeout_seconds: float
+    ) -> Iterator[tuple[int, Packet | Failure]]:
+        for partition, packet in requests.items():
+            self.asked.append((partition, packet))
+            round_ = int(packet.manifest["round"])
+            more = self.said[min(round_, len(self.said)) - 1].get(partition, {})
+            toy = self.toys.setdefault(partition, Toy(partition, spec=WIDE))
+            found = site(partition, self.plan, toy, **more)
+            reply = answer(packet, found, FolderMemory(self.root))
+            yield partition, self.replaced.get((packet.kind, partition), reply)
+
+    def kinds(self) -> list[str]:
+        return [packet.kind for _, packet in self.asked]
+
+    def fits(self, partition: int) -> list[Packet]:
+        return [packet for to, packet in self.asked if (to, packet.kind) == (partition, "fit")]
+
+
+def wide_plan(rule_: RankRule, **changes: Any) -> rounds.Plan:
+    return plan(session=WIDE_SESSION, ranks=rule_, **changes)
+
+
+def went(
+    nodes: Nodes, made: rounds.Plan, rounds_: int, first: ServerState | None = None
+) -> tuple[list[ServerState], list[rounds.Record]]:
+    """States before and after each round, and the rounds' records."""
+    states, records = [first or wide_state()], []
+    for _ in range(rounds_):
+        after, record = step(nodes.plan, made, states[-1], nodes, nobody())
+        states.append(after)
+        records.append(record)
+    return states, records
+
+
+def test_nodes_train_at_the_ranks_of_a_list(tmp_path: Path) -> None:
+    nodes = Nodes(strategy(), tmp_path, clients=3)
+    states, records = went(nodes, wide_plan(ranks.listed((1, 3)), cohort=3), 2)
+    assert nodes.kinds() == ["fit"] * 6
+    for record in records:
+        assert [client["rank"] for client in record["clients"]] == [1, 3, 1]
+    for partition, rank in enumerate((1, 3, 1)):
+        for held, seen in zip(states, nodes.toys[partition].seen, strict=False):
+            own = at_rank(WIDE, rank)
+            assert seen.spec == own
+            assert bits(seen.tensors) == bits(resized(held.adapter.tensors, own))
+    down = [client["bytes_down"] for client in records[0]["clients"]]
+    assert down[1] - down[0] == 2 * 26 * 4
+    assert records[0]["bytes_down"] == sum(down)
+
+
+def test_a_node_may_say_another_rank_before_each_round(tmp_path: Path) -> None:
+    said = [{0: {"rank": 1}, 1: {"rank": 4}}, {0: {"rank": 3}}, {0: {"rank": 2}, 1: {"rank": 1}}]
+    nodes = Nodes(FFA, tmp_path, said)
+    states, records = went(nodes, wide_plan(ranks.declared(4)), 3)
+    assert nodes.kinds() == ["describe", "describe", "fit", "fit"] * 3
+    assert [[client["rank"] for client in record["clients"]] for record in records] == [[1, 4], [3, 4], [2, 1]]
+    assert all(record["failures"] == [] for record in records)
+    for at, ranks_ in enumerate([(1, 4), (3, 4), (2, 1)]):
+        for partition, rank in enumerate(ranks_):
+            own = at_rank(WIDE, rank)
+            seen = nodes.toys[partition].seen[at]
+            assert bits(seen.tensors) == bits(resized(states[at].adapter.tensors, own))
+    # A goes down at first and where the rank has grown: 1 + 26 r numbers with it, 1 + 10 r without.
+    sizes = [[len(packet.body) // 4 for packet in nodes.fits(partition)] for partition in (0, 1)]
+    assert sizes == [[27, 79, 21], [105, 41, 11]]
+    assert states[3].holdings == {0: Holding(2, 3), 1: Holding(2, 4)}
+
+
+def test_memory_decides_the_rank_and_a_wish_may_lower_it(tmp_path: Path) -> None:
+    said = [{0: {"memory_bytes": 2 * 10**9}, 1: {"memory_bytes": 9 * 10**9, "rank": 3}}, {1: {"memory_bytes": 10**12}}]
+    nodes = Nodes(strategy(), tmp_path, said)
+    _, records = went(nodes, wide_plan(ranks.by_memory((1, 2, 4), (1.0, 2.0, 8.0))), 2)
+    assert [[client["rank"] for client in record["clients"]] for record in records] == [[2, 3], [1, 4]]
+
+
+def test_the_mean_over_nodes_of_unlike_rank_by_hand(tmp_path: Path) -> None:
+    """Client 0 walks half way to 4 in its leading rows, client 1 half way to 8 in all of them."""
+    nodes = Nodes(build(parts(merge=rule("examples", missing="covered"))), tmp_path)
+    states, _ = went(nodes, wide_plan(ranks.listed((1, 4))), 1)
+    for key, value in counted().items():
+        after = states[1].adapter.tensors[key]
+        shared = tuple(slice(size) for size in at_rank(WIDE, 1).shapes[key])
+        expected = value + (8 - value) / 2
+        expected[shared] = value[shared] + ((4 - value[shared]) / 2 + (8 - value[shared]) / 2) / 2
+        np.testing.assert_allclose(after, expected, rtol=1e-6)
+
+
+DESCRIPTION = Packet("description", {**WIDE_SESSION.manifest(1), "partition": 1, "rank": 2, "memory_bytes": 0})
+
+
+def described(kind: str = "description", **changes: Any) -> Packet:
+    manifest = {**DESCRIPTION.manifest, **changes}
+    return Packet(kind, {key: value for key, value in manifest.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (Failure("node gone"), "node gone"),
+        (described("failure", reason="disk on fire"), "disk on fire"),
+        (described("failure"), "the node gave no reason"),
+        (described("failure", reason="\x1b[2J" + "x" * 10_000), "xxx"),
+        (described("update"), "field kind"),
+        (described(round=2), "field round"),
+        (described(partition=0), "field partition"),
+        (described(partition=True), "field partition"),
+        (described(run="other"), "field run"),
+        (described(spec="x"), "field spec"),
+        (described(config="x"), "field config"),
+        (described(version=None), "field version"),
+        (described(rank=5), "description of partition 1, rank: expected at most 4, found 5"),
+        (described(rank=10**18), "rank: expected at most 4"),
+    ],
+)
+def test_a_description_that_is_of_no_use_is_a_failure_on_record_and_the_round_goes_on(
+    tmp_path: Path, reply: Packet | Failure, reason: str
+) -> None:
+    told: list[tuple[int, int, bool]] = []
+    nodes = Nodes(strategy(), tmp_path, [{0: {"rank": 2}, 1: {"rank": 2}}], replaced={("describe", 1): reply})
+    observer = rounds.Observer(lambda *event: told.append(event), lambda *_: None)
+    after, record = step(strategy(), wide_plan(ranks.declared(4)), wide_state(), nodes, observer)
+    assert [client["partition"] for client in record["clients"]] == [0]
+    assert [failure["partition"] for failure in record["failures"]] == [1]
+    assert reason in record["failures"][0]["reason"]
+    assert record["failures"][0]["reason"].isprintable()
+    assert len(record["failures"][0]["reason"]) <= 500
+    assert record["cohort"] == [0, 1]
+    assert [partition for partition, packet in nodes.asked if packet.kind == "fit"] == [0]
+    assert told == [(1, 1, False), (1, 0, True)]
+    assert (after.round, after.holdings) == (1, {0: Holding(0, 2)})
+
+
+@pytest.mark.parametrize("rank", [0, -1, True, 2.0, "2", None, 10**18, pytest.param(10**400, id="vast"), math.nan])
+@pytest.mark.parametrize("kind", ["declared", "by_memory"])
+def test_whatever_a_description_says_ends_no_round(tmp_path: Path, kind: str, rank: object) -> None:
+    rule_ = {"declared": ranks.declared(3), "by_memory": ranks.by_memory((3, 4), (0.0, 8.0))}[kind]
+    replaced: dict[tuple[str, int], Packet | Failure] = {("describe", 1): described(rank=rank, memory_bytes=rank)}
+    nodes = Nodes(strategy(), tmp_path, [{0: {"rank": 2}}], replaced=replaced)
+    after, record = step(strategy(), wide_plan(rule_), wide_state(), nodes, nobody())
+    assert after.round == 1
+    assert 0 in [client["partition"] for client in record["clients"]]
+
+
+def test_where_no_description_is_of_use_the_quorum_is_missed(tmp_path: Path) -> None:
+    nodes = Nodes(strategy(), tmp_path, [{0: {"rank": 9}, 1: {"rank": 8}}])
+    with pytest.raises(QuorumError, match=r"found 0 \(partition 0: .* at most 4, found 9.*partition 1: .* found 8"):
+        step(strategy(), wide_plan(ranks.declared(4)), wide_state(), nodes, nobody())
+    assert nodes.kinds() == ["describe"] * 2
+
+
+def test_a_node_that_answers_at_another_rank_than_it_was_asked_for_ends_no_round(tmp_path: Path) -> None:
+    for name in ("fedavg", "median", "flexlora", "krum"):
+        chosen = build(replace(parts(), method=MERGES.members[name]().build()))
+        small = Nodes(chosen, tmp_path / f"{name}-small", clients=6)
+        went(small, wide_plan(ranks.listed((1,)), cohort=6), 1)
+        reply = answer(small.fits(5)[0], site(5, chosen, Toy(5, spec=WIDE)), FolderMemory(tmp_path / name))
+        nodes = Nodes(chosen, tmp_path / f"{name}-other", clients=6, replaced={("fit", 5): reply})
+        after, record = step(chosen, wide_plan(ranks.listed((4,)), cohort=6), wide_state(), nodes, nobody())
+        assert after.round == 1
+        assert [client["partition"] for client in record["clients"]][:5] == [0, 1, 2, 3, 4]
+        WIDE.require(after.adapter.tensors, name)
+
+
+def test_an_update_above_the_rank_that_was_asked_for_is_refused(tmp_path: Path) -> None:
+    whole = Nodes(strategy(), tmp_path / "whole")
+    went(whole, wide_plan(ranks.listed((4,))), 1)
+    reply = answer(whole.fits(1)[0], site(1, learner=Toy(1, spec=WIDE)), FolderMemory(tmp_path / "other"))
+    nodes = Nodes(strategy(), tmp_path / "small", replaced={("fit", 1): reply})
+    after, record = step(strategy(), wide_plan(ranks.listed((2,))), wide_state(), nodes, nobody())
+    assert [client["partition"] for client in record["clients"]] == [0]
+    assert "partition 1, rank: expected an integer from 1 to 2, found 4" in record["failures"][0]["reason"]
+    assert after.holdings == {0: Holding(0, 2)}
+
+
+# Who is known to have what.
+
+
+def drifting_nodes(tmp_path: Path, clients: int = 3) -> tuple[Nodes, rounds.Plan]:
+    chosen = build(parts(merge=rule("examples", with_residual(1), whole=True, drifts=True)))
+    return Nodes(chosen, tmp_path, clients=clients), wide_plan(ranks.listed((1, 4)), cohort=clients)
+
+
+def test_who_answers_is_known_to_have_what_it_was_sent_and_nobody_else_is(tmp_path: Path) -> None:
+    nodes, made = drifting_nodes(tmp_path)
+    held = wide_state()
+    held, _ = step(nodes.plan, made, held, nodes, nobody())
+    assert held.holdings == {0: Holding(0, 1), 1: Holding(0, 4), 2: Holding(0, 1)}
+    nodes.replaced = {("fit", 1): Failure("away")}
+    held, _ = step(nodes.plan, made, held, nodes, nobody())
+    assert held.holdings == {0: Holding(1, 1), 2: Holding(1, 1)}
+    nodes.replaced, nodes.clients = {}, 1
+    held, _ = step(nodes.plan, made, held, nodes, nobody())
+    assert held.holdings == {0: Holding(2, 1), 2: Holding(1, 1)}
+    # Ranks are remembered for as long as somebody is at that round.
+    assert sorted(held.drift.ranks) == [1, 2, 3]
+    held, _ = step(nodes.plan, made, held, nodes, nobody())
+    assert sorted(held.drift.ranks) == [1, 3, 4]
+
+
+def test_new_columns_alone_go_down_to_who_answered_and_all_to_who_did_not(tmp_path: Path) -> None:
+    nodes, made = drifting_nodes(tmp_path)
+    nodes.clients = 2
+    states, _ = went(nodes, made, 2)
+    nodes.replaced = {("fit", 1): Failure("away")}
+    states += went(nodes, made, 1, states[-1])[0][1:]
+    nodes.replaced, nodes.clients = {}, 3
+    went(nodes, made, 1, states[-1])
+    ranges = [
+        [(packet.manifest.get("residual.from"), packet.manifest.get("residual.to")) for packet in nodes.fits(partition)]
+        for partition in (0, 1, 2)
+    ]
+    assert ranges == [
+        [(None, None), ("0,0", "1,1"), ("1,1", "2,2"), ("2,2", "3,3")],
+        [(None, None), ("0,0", "1,1"), ("1,1", "2,2"), ("0,0", "3,3")],
+        [("0,0", "3,3")],
+    ]
+    for partition in (0, 1, 2):
+        seen = nodes.toys[partition].seen[-1]
+        assert bits(seen.residual) == bits(states[3].adapter.residual)
+
+
+@pytest.mark.parametrize("kind", ["drifting", "constant"])
+def test_a_node_that_lost_its_memory_fails_once_and_is_sent_everything_the_next_time(tmp_path: Path, kind: str) -> None:
+    nodes, made = drifting_nodes(tmp_path)
+    nodes = nodes if kind == "drifting" else replace(nodes, plan=FFA)
+    made = replace(made, cohort=2)
+    nodes.clients = 2
+    states, _ = went(nodes, made, 2)
+    shutil.rmtree(tmp_path / RUN / "partition-0")
+    after, records = went(nodes, made, 2, states[-1])
+    assert [[failure["partition"] for failure in record["failures"]] for record in records] == [[0], []]
+    assert "in this node's memory, found none" in records[0]["failures"][0]["reason"]
+    last = nodes.fits(0)[-1]
+    assert (last.manifest["known"], last.manifest.get("residual.from")) == (
+        False,
+        "0,0" if kind == "drifting" else None,
+    )
+    seen, held = nodes.toys[0].seen[-1], after[1]
+    assert bits(seen.residual) == bits(held.adapter.residual)
+    assert bits(seen.tensors) == bits(resized(held.adapter.tensors, at_rank(WIDE, 1)))
+
+
+def test_a_node_whose_update_was_refused_is_sent_everything(tmp_path: Path) -> None:
+    nodes, made = drifting_nodes(tmp_path, 2)
+    states, _ = went(nodes, made, 1)
+    nodes.replaced = {("fit", 1): Packet("update", {})}
+    states += went(nodes, made, 1, states[-1])[0][1:]
+    nodes.replaced = {}
+    went(nodes, made, 1, states[-1])
+    assert [packet.manifest["known"] for packet in nodes.fits(1)] == [False, True, False]
+
+
+def test_clients_score_at_the_rank_that_they_answered_at(tmp_path: Path) -> None:
+    nodes = Nodes(FFA, tmp_path)
+    made = wide_plan(ranks.listed((1, 3)), rounds=2, evaluate_on_clients=True)
+    final, _ = run(FFA, made, wide_state(), nodes, evaluate, nobody())
+    asked = [(partition, packet) for partition, packet in nodes.asked if packet.kind == "evaluate"]
+    assert [(partition, packet.manifest["rank"], packet.manifest["known"]) for partition, packet in asked] == [
+        (0, 1, True),
+        (1, 3, True),
+    ] * 2
+    for partition, rank in ((0, 1), (1, 3)):
+        seen = nodes.toys[partition].seen[-1]
+        assert bits(seen.tensors) == bits(resized(final.adapter.tensors, at_rank(WIDE, rank)))
+
+
+@pytest.mark.parametrize("name", ["rank", "residual_rank"])
+def test_no_metric_stands_in_for_a_rank(name: str) -> None:
+    reply = hostile(0, **{f"metric.{name}": 77.0})
+    _, record = step(strategy(), plan(cohort=1), state(), Script([(0, reply)], 1), nobody())
+    assert record["clients"][0]["rank"] == 1
+    assert "residual_rank" not in record
+
+
+def test_what_the_journal_says_of_the_merge(tmp_path: Path) -> None:
+    nodes, made = drifting_nodes(tmp_path)
+    _, records = went(nodes, made, 2)
+    for at, record in enumerate(records):
+        assert record["residual_rank"] == at + 1
+        assert record["residual_dropped"] == 0.0
+        assert (
+            set(record["merge_errors"]) == set(record["effective_ranks"]) == set(record["tails"]) == {"left", "right"}
+        )
+        assert 0 <= record["merge_error"] < 1
+        assert 0 <= record["tail"] < 1
+        journal.append(tmp_path / "journal.jsonl", record)
+    assert journal.read(tmp_path / "journal.jsonl")[1]["residual_rank"] == 2.0

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 
 from fedpeft.adapters import norm
 from fedpeft.errors import AdapterError
-from fedpeft.stages import chain, clip, freeze, identity, keep_local
+from fedpeft.stages import Stage, alternate, chain, clip, freeze, identity, keep_local
 from fedpeft.updates import Memory
 from tests.toys import SPEC, flat, numbers, update
 
@@ -36,20 +38,46 @@ def test_clip_scales_what_is_too_long_and_leaves_the_rest() -> None:
 
 
 @pytest.mark.parametrize("make", [freeze, keep_local])
-def test_frozen_and_local_tensors_do_not_travel(make: object) -> None:
-    stage = make(["layer.A"])  # type: ignore[operator]
-    memory = Memory({}, {"position": 3})
-    after, kept = stage.client(update((1, 2, 3)), memory)
-    assert sorted(after.delta) == ["head.weight", "layer.B"]
-    assert after.spec == stage.shared(SPEC) == SPEC.without(["layer.A"])
-    assert kept == memory
-    assert (stage.frozen(SPEC) or stage.local(SPEC)) == ("layer.A",)
-    assert () in (stage.frozen(SPEC), stage.local(SPEC))
+def test_frozen_and_local_tensors_do_not_travel(make: Callable[..., Stage]) -> None:
+    stage = make(["layer.A"])
+    for round_ in (1, 2, 7):
+        assert stage.shared(SPEC, round_) == SPEC.without(["layer.A"])
+        assert (stage.frozen(SPEC, round_) or stage.local(SPEC, round_)) == ("layer.A",)
+        assert () in (stage.frozen(SPEC, round_), stage.local(SPEC, round_))
+    memory, one = Memory({}, {"position": 3}), update((1, 2, 3))
+    assert stage.client(one, memory) == (one, memory)
 
 
 def test_freeze_is_not_keep_local() -> None:
-    assert freeze(["*.A"]).frozen(SPEC) == keep_local(["*.A"]).local(SPEC) == ("layer.A",)
-    assert freeze(["*.A"]).local(SPEC) == keep_local(["*.A"]).frozen(SPEC) == ()
+    assert freeze(["*.A"]).frozen(SPEC, 1) == keep_local(["*.A"]).local(SPEC, 1) == ("layer.A",)
+    assert freeze(["*.A"]).local(SPEC, 1) == keep_local(["*.A"]).frozen(SPEC, 1) == ()
+
+
+def test_alternating_tensors_are_trained_in_every_other_round() -> None:
+    stage = alternate(["*.A"], ["*.B"])
+    assert [stage.frozen(SPEC, round_) for round_ in (1, 2, 3, 4)] == [("layer.A",), ("layer.B",)] * 2
+    assert [list(stage.shared(SPEC, round_).shapes) for round_ in (1, 2)] == [
+        ["head.weight", "layer.B"],
+        ["head.weight", "layer.A"],
+    ]
+    assert all(stage.local(SPEC, round_) == () for round_ in (1, 2))
+    assert alternate([], ["*.B"]).frozen(SPEC, 1) == ()
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        (identity(), ()),
+        (freeze(["*.A"]), ("layer.A",)),
+        (keep_local(["*.A"]), ()),
+        (alternate(["*.A"], ["*.B"]), ()),
+        (alternate(["layer.*"], ["*.B"]), ("layer.B",)),
+        (chain(alternate(["*.A"], ["*.B"]), freeze(["*.B", "head.*"])), ("head.weight", "layer.B")),
+        (chain(freeze(["head.*"]), keep_local(["*.A"]), clip(1.0)), ("head.weight",)),
+    ],
+)
+def test_only_what_no_round_trains_is_constant(stage: Stage, expected: tuple[str, ...]) -> None:
+    assert sorted(set(stage.constant(SPEC))) == sorted(expected)
 
 
 def test_chain_runs_client_halves_in_order_and_server_halves_reversed() -> None:
@@ -73,21 +101,23 @@ def test_chain_runs_client_halves_in_order_and_server_halves_reversed() -> None:
     assert memory.fields == {"one": 1, "two": 2}
 
 
-def test_chain_clips_only_what_is_left_to_share() -> None:
+def test_chain_shares_what_no_stage_keeps() -> None:
     stage = chain(freeze(["head.*"]), keep_local(["*.A"]), clip(3.0))
-    after, _ = stage.client(update((100, 100, 2)), Memory())
-    assert (list(after.delta), flat(after.delta)) == (["layer.B"], [2.0])
-    assert stage.shared(SPEC) == after.spec
-    assert (stage.frozen(SPEC), stage.local(SPEC)) == (("head.weight",), ("layer.A",))
+    assert list(stage.shared(SPEC, 1).shapes) == ["layer.B"]
+    assert (stage.frozen(SPEC, 1), stage.local(SPEC, 1)) == (("head.weight",), ("layer.A",))
+    turning = chain(alternate(["*.A"], ["*.B"]), freeze(["head.*"]))
+    assert [list(turning.shared(SPEC, round_).shapes) for round_ in (1, 2)] == [["layer.B"], ["layer.A"]]
 
 
 def test_an_empty_chain_changes_nothing() -> None:
     stage, one = chain(), update((1, 2, 3))
     assert stage.client(one, Memory()) == (one, Memory())
-    assert stage.shared(SPEC) == SPEC
+    assert stage.shared(SPEC, 1) == SPEC
     assert stage.server(one.delta) is one.delta
 
 
-def test_a_pattern_that_matches_nothing_is_an_error() -> None:
+@pytest.mark.parametrize("round_", [1, 2])
+@pytest.mark.parametrize("make", [freeze, keep_local, lambda patterns: alternate(patterns, patterns)])
+def test_a_pattern_that_matches_nothing_is_an_error(make: Callable[..., Stage], round_: int) -> None:
     with pytest.raises(AdapterError, match="pattern 'nothing'"):
-        freeze(["nothing"]).frozen(SPEC)
+        make(["nothing"]).shared(SPEC, round_)

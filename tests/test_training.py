@@ -13,12 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedpeft import training
 from fedpeft.adapters import AdapterState
 from fedpeft.client import FitJob, Fitted
 from fedpeft.config.adapters import Lora
 from fedpeft.config.training import SequenceClassification, TrainingConfig
 from fedpeft.errors import DataError, FederationError
+from fedpeft.merges import Pruning
 from fedpeft.models import AdaptedModel, extract, install
+from fedpeft.pruning import pruned_spec, tail
 from fedpeft.randomness import rng
 from fedpeft.tasks import Example, build_task
 from fedpeft.training import TorchLearner, batches_from, evaluate, learning_rate_factor, use_threads
@@ -318,3 +321,49 @@ def test_threads() -> None:
     assert torch.get_num_threads() == 2
     use_threads(1)
     assert torch.get_num_threads() == 1
+
+
+def test_the_control_variate_is_the_mean_gradient_before_correction(tiny_model: Path) -> None:
+    adapted = tiny.load(tiny_model, "lora")
+    examples = some(4, length=6)
+    zeros = {key: np.zeros(shape, np.float32) for key, shape in adapted.spec.shapes.items()}
+    still = learner(adapted, examples, steps=1).fit(adapted.initial, replace(JOB, correction=zeros))
+    install(adapted, adapted.initial)
+    batch = TASK.collate(next(batches_from(examples, 4, 0, 0, 0)), 0, adapted.device)
+    parameters = [adapted.bindings[key].parameter for key in adapted.spec.shapes]
+    adapted.model.train()
+    expected = torch.autograd.grad(TASK.loss(adapted.model, batch), parameters)
+    for key, gradient in zip(adapted.spec.shapes, expected, strict=True):
+        np.testing.assert_allclose(still.gradients[key], gradient.numpy(), atol=1e-6)
+    strong = {key: np.full(shape, 1e6, np.float32) for key, shape in adapted.spec.shapes.items()}
+    pushed = learner(adapted, examples, steps=1, max_gradient_norm=0.0).fit(
+        adapted.initial, replace(JOB, correction=strong)
+    )
+    assert bits(pushed.gradients.items()) == bits(still.gradients.items())
+    assert all((value < 0).all() for value in delta(pushed).values()), "a correction is added to the gradient"
+
+
+def test_a_zero_correction_changes_no_bit(tiny_model: Path) -> None:
+    adapted = tiny.load(tiny_model, "lora")
+    zeros = {key: np.zeros(shape, np.float32) for key, shape in adapted.spec.shapes.items()}
+    plain = learner(adapted).fit(adapted.initial, JOB)
+    corrected = learner(adapted).fit(adapted.initial, replace(JOB, correction=zeros))
+    assert bits(plain.after.items()) == bits(corrected.after.items())
+
+
+def test_the_pruning_penalty_is_its_own_gradient(tiny_model: Path) -> None:
+    pruning = Pruning(keep=0.5, penalty=0.3)
+    a = torch.nn.Parameter(torch.tensor(rng(1, "a").standard_normal((4, 5)), dtype=torch.float32))
+    b = torch.nn.Parameter(torch.tensor(rng(2, "b").standard_normal((6, 4)), dtype=torch.float32))
+    expected = torch.autograd.grad(pruning.penalty * a[2:].norm() * b[:, 2:].norm(), [a, b])
+    a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
+    training._shrink_tails({"layer.A": a, "layer.B": b}, pruning)
+    torch.testing.assert_close(a.grad, expected[0])
+    torch.testing.assert_close(b.grad, expected[1])
+    adapted = tiny.load(tiny_model, "lora")
+    start = moved(adapted.initial)
+    weak, strong = (
+        learner(adapted).fit(start, replace(JOB, pruning=Pruning(0.5, penalty))).after for penalty in (0.0, 1e3)
+    )
+    assert tail(adapted.spec, strong, pruning) < tail(adapted.spec, weak, pruning)
+    assert pruned_spec(adapted.spec, start.tensors, strong, pruning).modules[0].rank <= adapted.spec.modules[0].rank

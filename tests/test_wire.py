@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -5,21 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedpeft.adapters import at_rank
 from fedpeft.errors import AdapterError, FedPeftError, PacketError
+from fedpeft.merges import Pruning
 from fedpeft.stages import keep_local
-from fedpeft.version import VERSION
+from fedpeft.strategy import Strategy, build
+from fedpeft.updates import Update
 from fedpeft.wire import (
     MOST_EXAMPLES,
     Packet,
-    evaluate_request,
     fit_reply,
-    fit_request,
-    read_adapter,
     read_metrics,
     read_update,
     require_manifest,
+    require_norm,
 )
-from tests.toys import CONFIG, RUN, SESSION, SPEC, flat, honest, numbers, state, strategy, update
+from tests.toys import CONFIG, RUN, SESSION, SPEC, WIDE, counted, flat, honest, parts, strategy, update
 
 EXPECTED = {**SESSION.manifest(1), "partition": 0}
 values = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -41,18 +43,9 @@ def test_an_update_comes_out_as_it_went_in(
     delta: tuple[float, float, float], examples: int, tokens: int, loss: float
 ) -> None:
     sent = update(delta, examples, tokens, loss=loss)
-    found = read(fit_reply(strategy(), sent, EXPECTED))
+    found = read(fit_reply(strategy(), sent, EXPECTED, 1))
     assert flat(found.delta) == flat(sent.delta)
     assert (found.examples, found.tokens, found.metrics) == (examples, tokens, {"loss": loss})
-
-
-def test_a_fit_request_is_for_the_round_to_come_and_an_evaluation_for_the_round_done() -> None:
-    now = state(1, 2, 3, round_=4)
-    fit, score = fit_request(strategy(), now, SESSION), evaluate_request(strategy(), now, SESSION)
-    assert (fit.kind, fit.manifest["round"]) == ("fit", 5)
-    assert (score.kind, score.manifest["round"]) == ("evaluate", 4)
-    assert fit.manifest["version"] == VERSION
-    assert flat(read_adapter(fit, strategy(), SPEC).tensors) == [1, 2, 3]
 
 
 def test_size_counts_payload_names_texts_and_numbers() -> None:
@@ -142,20 +135,84 @@ def test_noise_is_refused_in_words(body: bytes, noise: dict[str, Any]) -> None:
 
 def test_a_payload_of_what_should_have_stayed_local_is_refused() -> None:
     plan = strategy(keep_local(["head.*"]))
-    with pytest.raises(PacketError, match="expected at most 8 bytes, found 12"):
-        read_update(reply(), plan, plan.stage.shared(SPEC), EXPECTED)
+    with pytest.raises(PacketError, match="expected at most 8 bytes, those of 2 tensors at rank 1, found 12"):
+        read_update(reply(), plan, SPEC, EXPECTED)
 
 
-@pytest.mark.parametrize("body", [b"", bytes(8), bytes(16)])
-def test_a_request_of_the_wrong_size_is_refused(body: bytes) -> None:
-    with pytest.raises(PacketError, match="12 bytes"):
-        read_adapter(Packet("fit", {}, body), strategy(), SPEC)
+def wide(rank: Any, own: int = 2, body: bytes | None = None, plan: Strategy | None = None) -> Packet:
+    """A reply that holds an adapter of rank `own` and says that it is of `rank`."""
+    sent = Update(at_rank(WIDE, own), counted(own), 1, 1, control=counted(own) if plan and plan.controls else {})
+    packet = fit_reply(plan or strategy(), sent, EXPECTED, rank)
+    return packet if body is None else Packet(packet.kind, packet.manifest, body)
 
 
-def test_a_request_that_is_not_finite_is_refused() -> None:
-    body = strategy().codec.encode(numbers(0, float("nan"), 0), SPEC)
-    with pytest.raises(AdapterError, match=r"fit request, tensor layer\.A"):
-        read_adapter(Packet("fit", {}, body), strategy(), SPEC)
+@pytest.mark.parametrize("rank", [1, 2, 3, 4])
+def test_a_node_that_pruned_itself_answers_at_a_lower_rank_than_asked(rank: int) -> None:
+    pruning = build(parts(pruning=Pruning(0.5, 0.1)))
+    found = read_update(wide(rank, rank), pruning, WIDE, EXPECTED)
+    assert found.spec == at_rank(WIDE, rank)
+    assert found.delta["left.A"].shape == (rank, 7)
+    assert found.delta["right.B"].shape == (4, rank)
+    assert {key: value.tolist() for key, value in found.delta.items()} == {
+        key: value.tolist() for key, value in counted(rank).items()
+    }
+
+
+@pytest.mark.parametrize("rank", [None, 0, -1, True, 2.0, "2", 4, pytest.param(10**400, id="vast")])
+def test_a_rank_above_the_one_asked_or_none_at_all_is_refused(rank: object) -> None:
+    packet = wide(2, 2)
+    packet = Packet("update", {**packet.manifest, "rank": rank}, packet.body)  # type: ignore[dict-item]
+    with pytest.raises(PacketError, match="partition 0, rank: expected an integer from 1 to 3, found"):
+        read_update(packet, strategy(), at_rank(WIDE, 3), EXPECTED)
+
+
+def test_an_update_without_its_rank_is_refused() -> None:
+    with pytest.raises(PacketError, match=r"partition 0, rank: expected an integer from 1 to 2, found None"):
+        read_update(Packet("update", {**EXPECTED, "examples": 1, "tokens": 1}), strategy(), at_rank(WIDE, 2), EXPECTED)
+
+
+def test_a_payload_of_another_rank_than_it_says_is_refused() -> None:
+    # 1 + 26 numbers for each rank.
+    with pytest.raises(PacketError, match="expected at most 212 bytes, those of 5 tensors at rank 2, found 316"):
+        read_update(wide(2, 3), strategy(), at_rank(WIDE, 2), EXPECTED)
+    with pytest.raises(PacketError, match="316 bytes"):
+        read_update(wide(3, 2), strategy(), at_rank(WIDE, 3), EXPECTED)
+
+
+def test_an_adapter_without_ranks_says_none() -> None:
+    spec = WIDE.only(["head.weight"])
+    sent = Update(spec, {"head.weight": np.array([5], np.float32)}, 1, 1)
+    found = read_update(fit_reply(strategy(), sent, EXPECTED, 0), strategy(), spec, EXPECTED)
+    assert flat(found.delta) == [5.0]
+
+
+CONTROLLED = build(replace(parts(), controls=4))
+
+
+def test_a_control_variate_travels_beside_the_update() -> None:
+    packet = wide(2, 2, plan=CONTROLLED)
+    found = read_update(packet, CONTROLLED, at_rank(WIDE, 2), EXPECTED)
+    for tensors in (found.delta, found.control):
+        assert flat(tensors) == flat(counted(2))
+    for body in (packet.body[:-4], packet.body[:212], packet.body[:208], b"", packet.body + bytes(4)):
+        with pytest.raises(PacketError, match="bytes"):
+            read_update(wide(2, 2, body, CONTROLLED), CONTROLLED, at_rank(WIDE, 2), EXPECTED)
+    broken = packet.body[:-4] + np.float32(np.nan).tobytes()
+    with pytest.raises(AdapterError, match=r"control variate, tensor right\.B: expected finite numbers"):
+        read_update(wide(2, 2, broken, CONTROLLED), CONTROLLED, at_rank(WIDE, 2), EXPECTED)
+
+
+def test_a_control_variate_that_nobody_asked_for_is_refused() -> None:
+    with pytest.raises(PacketError, match=r"expected at most 212 bytes, .*, found 424"):
+        read_update(wide(2, 2, plan=CONTROLLED), strategy(), at_rank(WIDE, 2), EXPECTED)
+
+
+def test_an_update_as_long_as_the_bound_passes_and_one_above_it_is_refused() -> None:
+    # ‖(2, 3, 6)‖ = 7.
+    require_norm(update((2, 3, 6)), 7.0, "here")
+    require_norm(update((2e30, 3, 6)), 0.0, "here")
+    with pytest.raises(PacketError, match=r"^here: expected a norm of at most 6\.9, found 7; clip or lower"):
+        require_norm(update((2, 3, 6)), 6.9, "here")
 
 
 def test_metrics_are_floats_by_name() -> None:

@@ -12,9 +12,10 @@ class Family:
     """A way to adapt a frozen base.
 
     `peft` are the arguments of the peft configuration that installs it (empty: nothing is installed, only
-    the head learns). `tensors` maps a component of peft's parameter names to the tensor's name in an
-    `AdapterState`. `folded` names the tensor that carries the module's scale, if any; `ranked` the one whose
-    first axis is the rank. `prefix` is what peft puts before the base's own parameter names.
+    the head learns). `tensors` maps a component of peft's parameter names, or that and the last one with a dot
+    between, to the tensor's name in an `AdapterState`. `folded` names the tensor that carries the module's scale,
+    if any; `ranked` the one whose first axis is the rank. `prefix` is what peft puts before the base's own
+    parameter names.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Family:
             at = parts.index("modules_to_save")
             return ".".join(parts[:at]), "full", ".".join(part for part in parts[at + 1 :] if part != adapter)
         for at, part in enumerate(parts):
-            if part in self.tensors:
-                return ".".join(parts[:at]) or self.name, self.kind, self.tensors[part]
+            tensor = self.tensors.get(part) or self.tensors.get(f"{part}.{parts[-1]}")
+            if tensor:
+                return ".".join(parts[:at]) or self.name, self.kind, tensor
         return ".".join(parts[:-1]), "full", parts[-1]

@@ -6,7 +6,7 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -61,12 +61,16 @@ class AdapterSpec:
     def without(self, patterns: Iterable[str]) -> AdapterSpec:
         """The specification less the tensors whose key matches one of `patterns` (as in `fnmatch`)."""
         dropped = set(self.matching(patterns))
-        modules = []
+        return self.only(key for key in self.shapes if key not in dropped)
+
+    def only(self, keys: Iterable[str]) -> AdapterSpec:
+        """The specification of the tensors named by `keys`, in its own order."""
+        kept, modules = set(keys), []
         for module in self.modules:
-            shapes = tuple(item for item in module.shapes if f"{module.path}.{item[0]}" not in dropped)
+            shapes = tuple(item for item in module.shapes if f"{module.path}.{item[0]}" in kept)
             if shapes:
-                modules.append(ModuleSpec(module.path, module.kind, module.rank, module.scale, shapes))
-        return AdapterSpec(self.base_model, self.family, tuple(modules))
+                modules.append(replace(module, shapes=shapes))
+        return replace(self, modules=tuple(modules))
 
     def matching(self, patterns: Iterable[str]) -> tuple[str, ...]:
         """The keys that match one of `patterns`.
@@ -129,11 +133,13 @@ class AdapterState:
     """The values of an adapter.
 
     Float32. For LoRA, A is `(rank, in)` and B is `(out, rank)` with the scale folded in, so that adapters of
-    unlike alpha and rank are comparable: the change of the weight is B @ A.
+    unlike alpha and rank are comparable: the change of the weight is B @ A. `residual` is a low-rank change of
+    the base that the adapter stands on and that is not trained: `path.A` and `path.B` of each module it touches.
     """
 
     spec: AdapterSpec
     tensors: Tensors
+    residual: Tensors = field(default_factory=dict)
 
 
 def norm(tensors: Tensors) -> float:

@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
 
 import typer
 
+from fedpeft.adapters import AdapterSpec, at_rank, at_ranks, greatest_rank, low_rank_modules
+from fedpeft.codecs import dense
 from fedpeft.config import RunConfig, load
-from fedpeft.experiment import adapted_model, check_plan, deal_rows, learner_of, resolve, strategy_of, test_examples
+from fedpeft.experiment import (
+    adapted_model,
+    check_plan,
+    deal_rows,
+    learner_of,
+    parts_of,
+    ranks_of,
+    resolve,
+    strategy_of,
+    test_examples,
+)
+from fedpeft.merges import Method
+from fedpeft.ranks import RankRule
 from fedpeft.report.tables import Table, render_plain
-from fedpeft.report.units import human_bytes, human_count
+from fedpeft.report.units import between, human_bytes, human_count
+from fedpeft.strategy import Strategy
 from fedpeft.training import fit_memory_bytes
+
+_Rows = tuple[tuple[str, str], ...]
+
+
+class Messages(NamedTuple):
+    """Bytes of one client's payloads: what it receives at first and after that, what it sends in odd and even rounds.
+
+    The residual beside the base, which grows, is not counted.
+    """
+
+    first: int
+    down: int
+    odd: int
+    even: int
 
 
 def run_check(path: Path, overrides: list[str]) -> None:
@@ -28,20 +60,14 @@ def costs(config: RunConfig) -> Table:
     adapted = adapted_model(config)
     check_plan(config, adapted)
     dealt = deal_rows(config)
-    strategy, cohort = strategy_of(config), config.federation.cohort
-    down = strategy.codec.size(adapted.spec)
-    up = strategy.codec.size(strategy.stage.shared(adapted.spec))
-    base, rounds = adapted.base_parameters, config.rounds
+    base, exchanges = adapted.base_parameters, config.rounds * config.federation.cohort
     share = adapted.spec.parameters / base
     fit_bytes = fit_memory_bytes(learner_of(config, test_examples(config)))
     rows = (
         ("base model", f"{human_count(base)} parameters, {human_bytes(4 * base)} in float32"),
         ("trained", f"{human_count(adapted.spec.parameters)} parameters ({share:.2%} of the base)"),
-        ("a client receives", f"{human_bytes(down)} a round"),
-        ("a client sends", f"{human_bytes(up)} a round"),
-        ("a round moves", f"{human_bytes(cohort * (up + down))} over {cohort} clients"),
-        ("the run moves", f"{human_bytes(rounds * cohort * (up + down))} over {rounds} rounds"),
-        ("the full model would move", human_bytes(rounds * cohort * 8 * base)),
+        *traffic(config, adapted.spec),
+        ("the full model would move", human_bytes(8 * base * exchanges)),
         (
             "memory to train",
             f"{human_bytes(4 * base + fit_bytes)}: base, adapter, AdamW, one longest batch; libraries apart",
@@ -51,3 +77,92 @@ def costs(config: RunConfig) -> Table:
         ("repeats removed", str(dealt.report.repeats_removed)),
     )
     return Table(("what", "how much"), rows)
+
+
+def traffic(config: RunConfig, spec: AdapterSpec) -> _Rows:
+    """Who sends how much of an adapter of `spec`, by rank, in a round and in the run, and what the rule adds to it."""
+    rule, strategy = ranks_of(config), strategy_of(config)
+    sizes = {rank: messages(strategy, at_rank(spec, rank)) for rank in _possible(rule, spec)}
+    return (
+        ("merge rule", config.aggregation.merge.name),
+        *_ranks(config.federation.ranks.name, rule, sizes),
+        *_totals(config, rule, sizes),
+        *_residual(parts_of(config).method, spec),
+    )
+
+
+def messages(strategy: Strategy, spec: AdapterSpec) -> Messages:
+    """The bytes of what travels to and from a client that holds `spec`."""
+    kept = {*strategy.stage.constant(spec), *strategy.stage.local(spec, 1)}
+    again = spec.only(key for key in spec.shapes if key not in kept)
+    shared = [strategy.stage.shared(spec, round_) for round_ in (1, 2)]
+    variates = [dense().size(part) if strategy.controls else 0 for part in shared]
+    sent = [strategy.codec.size(part) + variate for part, variate in zip(shared, variates, strict=True)]
+    return Messages(strategy.codec.size(spec) + variates[0], strategy.codec.size(again) + variates[0], *sent)
+
+
+def _possible(rule: RankRule, spec: AdapterSpec) -> tuple[int, ...]:
+    """The ranks that a node may have, as far as settings tell: also that of one which asks for the server's."""
+    cap = greatest_rank(spec)
+    return tuple(sorted({min(rank or cap, cap) for rank in (*rule.possible, rule.rank(0, {"rank": cap}))}))
+
+
+def _ranks(name: str, rule: RankRule, sizes: Mapping[int, Messages]) -> _Rows:
+    """What each rank costs a client."""
+    if max(sizes) == 0:
+        return _one_client("a client", sizes[0])
+    told = f"as each node says, {between(sizes)}" if rule.asks else ", ".join(map(str, sizes))
+    ranks = ("ranks", f"{name}: {told}")
+    if len(sizes) == 1:
+        return (ranks, *_one_client("a client", *sizes.values()))
+    return (ranks, *(row for rank, size in sizes.items() for row in _one_client(f"rank {rank}", size)))
+
+
+def _one_client(who: str, size: Messages) -> _Rows:
+    first = f", {human_bytes(size.first)} the first time" if size.first != size.down else ""
+    odd, even = human_bytes(size.odd), human_bytes(size.even)
+    sent = f"{odd} a round" if size.odd == size.even else f"{odd} in odd rounds, {even} in even ones"
+    return ((f"{who} receives", f"{human_bytes(size.down)} a round{first}"), (f"{who} sends", sent))
+
+
+def _residual(method: Method, spec: AdapterSpec) -> _Rows:
+    """That a rule lets the base take up what the adapter does not hold, and what that may cost."""
+    if not method.merge.drifts:
+        return ()
+    modules = [module for module in low_rank_modules(spec) if module.kind == method.kind]
+    sides = {module.path: min(dict(module.shapes)["B"][0], dict(module.shapes)["A"][1]) for module in modules}
+    ranks = {path: min(method.budget or side, side) for path, side in sides.items()}
+    taken = spec.only(f"{module.path}.{name}" for module in modules for name, _ in module.shapes)
+    most = dense().size(at_ranks(taken, ranks))
+    return (
+        (
+            "the base takes up",
+            f"a residual of rank up to {max(ranks.values())}; an export has that on top of rank {greatest_rank(spec)}",
+        ),
+        ("the residual adds", f"at most {human_bytes(most)} to what a client receives in a round"),
+    )
+
+
+def _totals(config: RunConfig, rule: RankRule, sizes: Mapping[int, Messages]) -> _Rows:
+    """What a round and the run move, the residual apart."""
+    cohort, clients, rounds = config.federation.cohort, config.federation.clients, config.rounds
+    cap = max(sizes)
+    held = [] if rule.asks else [sizes[min(rule.rank(site, {}) or cap, cap)] for site in range(clients)]
+    newcomers = min(clients, rounds * cohort)
+    each = [size.down + (size.odd + size.even) / 2 for size in held or sizes.values()]
+    more = [size.first - size.down for size in held or sizes.values()]
+    costs = [(cohort * one, rounds * cohort * one + newcomers * extra) for one, extra in zip(each, more, strict=True)]
+    of_round, of_run = ([cost[at] for cost in costs] for at in (0, 1))
+    told = [_amount(amounts, known=bool(held)) for amounts in (of_round, of_run)]
+    return (
+        ("a round moves", f"{told[0]} over {cohort} clients"),
+        ("the run moves", f"{told[1]} over {rounds} rounds"),
+    )
+
+
+def _amount(amounts: list[float], *, known: bool) -> str:
+    """Bytes: the mean where it is known who has which rank, else from the least to the most."""
+    least, most = human_bytes(min(amounts)), human_bytes(max(amounts))
+    if least == most:
+        return least
+    return f"about {human_bytes(mean(amounts))}" if known else f"{least} to {most}"

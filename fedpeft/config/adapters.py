@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedpeft.adapters import Family, head_only, ia3, lora, prompt_tuning
+from fedpeft.adapters import Family, head_only, ia3, lora, lora_sb, prompt_tuning
 from fedpeft.config.fields import Table, require, require_range
 
 
@@ -31,6 +31,35 @@ class Lora:
             alpha=self.alpha,
             dropout=self.dropout,
             rank_stabilised=self.rank_stabilised,
+            target_modules=self.target_modules,
+            layers=self.layers,
+        )
+
+
+@dataclass(frozen=True)
+class LoraSb:
+    """LoRA-SB: fixed factors of each weight and a trained square matrix between them, rank² numbers a module.
+
+    Empty `target_modules` takes peft's choice for the model, empty `layers` all layers. Goes with the merge `fed_sb`.
+    """
+
+    rank: int = 32
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_range(self, "rank", 1)
+        require(self.alpha > 0, "alpha", expected="a number above 0", found=self.alpha)
+        require_range(self, "dropout", 0.0, 0.99)
+
+    def build(self) -> Family:
+        """The family that these settings describe."""
+        return lora_sb(
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
             target_modules=self.target_modules,
             layers=self.layers,
         )
@@ -71,4 +100,7 @@ class HeadOnly:
         return head_only()
 
 
-ADAPTERS = Table("family", {"lora": Lora, "ia3": Ia3, "prompt_tuning": PromptTuning, "head_only": HeadOnly})
+ADAPTERS = Table(
+    "family",
+    {"lora": Lora, "lora_sb": LoraSb, "ia3": Ia3, "prompt_tuning": PromptTuning, "head_only": HeadOnly},
+)

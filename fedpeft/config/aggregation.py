@@ -5,33 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fedpeft.codecs import Codec, dense
-from fedpeft.config.fields import Choice, Table, choice, require, require_range
-from fedpeft.merges import WEIGHTS, Merge, mean
-from fedpeft.optimizers import Optimizer, sgd
+from fedpeft.config.fields import Choice, Table, choice, require_range
+from fedpeft.config.merges import MERGES
+from fedpeft.config.optimizers import OPTIMIZERS
 from fedpeft.stages import Stage, chain, clip, freeze, keep_local
-
-
-@dataclass(frozen=True)
-class Mean:
-    """The weighted mean of the deltas (FedAvg, on adapters)."""
-
-    weights: str = "examples"
-
-    def __post_init__(self) -> None:
-        require(
-            self.weights in WEIGHTS,
-            "weights",
-            expected=f"one of {', '.join(WEIGHTS)}",
-            found=self.weights,
-            remedy="choose one of them",
-        )
-
-    def build(self) -> Merge:
-        """The merge that these settings describe."""
-        return mean(self.weights)
-
-
-MERGES = Table("rule", {"mean": Mean})
 
 
 @dataclass(frozen=True)
@@ -44,23 +21,6 @@ class Dense:
 
 
 CODECS = Table("kind", {"dense": Dense})
-
-
-@dataclass(frozen=True)
-class Sgd:
-    """The merged delta times `learning_rate` is added to the adapter; 1 is FedAvg."""
-
-    learning_rate: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(self.learning_rate > 0, "learning_rate", expected="a number above 0", found=self.learning_rate)
-
-    def build(self) -> Optimizer:
-        """The server optimiser that these settings describe."""
-        return sgd(self.learning_rate)
-
-
-OPTIMIZERS = Table("kind", {"sgd": Sgd})
 
 
 @dataclass(frozen=True)
@@ -94,5 +54,5 @@ class AggregationConfig:
 
     stages: StagesConfig = field(default_factory=StagesConfig)
     codec: Choice = choice(CODECS, "dense")
-    merge: Choice = choice(MERGES, "mean")
+    merge: Choice = choice(MERGES, "fedavg")
     optimizer: Choice = choice(OPTIMIZERS, "sgd")

@@ -8,34 +8,9 @@ from dataclasses import dataclass, field
 from fedpeft.config.adapters import ADAPTERS
 from fedpeft.config.aggregation import AggregationConfig
 from fedpeft.config.data import DataConfig
+from fedpeft.config.federation import FederationConfig
 from fedpeft.config.fields import Choice, choice, require, require_range
 from fedpeft.config.training import TASKS, EvaluationConfig, ModelConfig, TrainingConfig
-
-
-@dataclass(frozen=True)
-class FederationConfig:
-    """Who takes part: `cohort` of `clients` sites each round.
-
-    A round needs `quorum` usable updates (0: all of the cohort) within `deadline_seconds`.
-    """
-
-    clients: int = 12
-    cohort: int = 6
-    quorum: int = 1
-    deadline_seconds: float = 600.0
-
-    def __post_init__(self) -> None:
-        require_range(self, "clients", 1)
-        require_range(self, "cohort", 1)
-        require(
-            self.cohort <= self.clients,
-            "cohort",
-            expected=f"at most clients = {self.clients}",
-            found=self.cohort,
-            remedy="lower cohort or raise clients",
-        )
-        require_range(self, "quorum", 0, self.cohort)
-        require(self.deadline_seconds > 0, "deadline_seconds", expected="above 0", found=self.deadline_seconds)
 
 
 @dataclass(frozen=True)

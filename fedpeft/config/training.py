@@ -51,7 +51,8 @@ class TrainingConfig:
     """What one client does in one round: AdamW for `steps` optimiser steps.
 
     The learning rate warms up and then falls along a cosine over all `rounds × steps` of the run, to
-    `final_fraction` of its peak. `head_learning_rate` 0 means that of the adapter. `proximal` is FedProx's μ.
+    `final_fraction` of its peak. `head_learning_rate` 0 means that of the adapter. `proximal` is FedProx's μ;
+    with `scaffold`, clients correct their gradients by control variates (SCAFFOLD).
     """
 
     steps: int = 10
@@ -64,6 +65,7 @@ class TrainingConfig:
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0
     proximal: float = 0.0
+    scaffold: bool = False
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "accumulation"):

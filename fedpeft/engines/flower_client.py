@@ -23,7 +23,7 @@ from fedpeft.engines.local import answer
 from fedpeft.errors import ConfigError, FedPeftError, PacketError, sentence
 from fedpeft.experiment import SiteRows, site_of
 from fedpeft.memory import FolderMemory
-from fedpeft.training import use_threads
+from fedpeft.training import training_memory_bytes, use_threads
 from fedpeft.version import VERSION
 from fedpeft.wire import Packet
 
@@ -64,8 +64,9 @@ def _answer(own_rows: SiteRows | None, message: Message, context: Context) -> Pa
     use_threads(config.compute.threads)
     if _simulated():
         return answer(request, _site(config, config, partition, own_rows), FolderMemory(Path(config.out) / "memories"))
-    local = on_node(config, own_rows)
-    return answer(request, _site(config, local, partition, own_rows), FolderMemory(cache_folder() / "nodes"))
+    site = _site(config, on_node(config, own_rows), partition, own_rows)
+    profiled = replace(site, rank=_node_rank(context), memory_bytes=training_memory_bytes(site.learner))
+    return answer(request, profiled, FolderMemory(cache_folder() / "nodes"))
 
 
 def on_node(config: RunConfig, own_rows: SiteRows | None) -> RunConfig:
@@ -122,6 +123,21 @@ def _partition(context: Context) -> int:
             )
         )
     return partition
+
+
+def _node_rank(context: Context) -> int:
+    """The greatest rank that this node says it can train at; 0 where it says none."""
+    rank = context.node_config.get("rank", 0)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+        raise ConfigError(
+            sentence(
+                "node-config, rank",
+                expected="an integer from 1",
+                found=repr(rank),
+                remedy='start the node with --node-config "partition-id=0 rank=4"',
+            )
+        )
+    return rank
 
 
 def _simulated() -> bool:

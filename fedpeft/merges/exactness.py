@@ -1,8 +1,8 @@
 """How far a merge is from the exact mean of what the clients' low-rank adapters do.
 
-For each LoRA module the target is T = Σ p_k B_k A_k, with the scale folded into B_k; the error of factors B, A is
-‖B A − T‖_F / ‖T‖_F. T is kept as stacked factors: nothing of shape (out, in) is formed while the stack's rank is
-below both, and past that the stack is folded without loss, so memory does not grow with the number of clients.
+For each low-rank module the target is T = Σ p_k B_k A_k, with the scale folded into B_k. T is kept as stacked
+factors; past the rank at which a matrix is smaller it becomes one, so memory does not grow with the number of
+clients.
 
 Source: the stack is that of Wang et al. 2024, "FLoRA", eq. 6; that the mean of factors is not the mean of products is
 Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning", section 3.
@@ -12,93 +12,149 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from scipy.linalg import blas
 
-from fedpeft.adapters import AdapterSpec, Tensors
+from fedpeft.adapters import AdapterSpec, Factors, ModuleSpec, Tensors, factors, low_rank_modules
+from fedpeft.merges import products
+
+_CHUNK_RANK = 512
+"""Columns that wait before they are added to a matrix."""
+
+_CHUNK_PARTS = 16
+"""Products that are added to a matrix at once."""
+
+_SQUARES_HOLD = 1e-6
+"""Relative errors below this are lost when norms come from squares (float64)."""
 
 
-class Factors(NamedTuple):
-    """A product in factored form, float64: B `(out, rank)` and A `(rank, in)`."""
+@dataclass(frozen=True)
+class Sum:
+    """Σ w_k B_k A_k of one module: the parts that came, after those that were already added up."""
 
-    b: np.ndarray
-    a: np.ndarray
+    parts: tuple[Factors, ...] = ()
+    rank: int = 0
+    whole: np.ndarray | None = None
+
+    def plus(self, part: Factors) -> Sum:
+        """The sum with one more product."""
+        parts, rank = (*self.parts, part), self.rank + part.rank
+        limit = min(part.shape) if self.whole is None else _CHUNK_RANK
+        if rank <= limit:
+            return replace(self, parts=parts, rank=rank)
+        return Sum(whole=_added(self.whole, parts))
+
+    def product(self, by: float = 1.0) -> Factors:
+        """The sum times a number, in factored form; of a matrix, the factor on its smaller side is the identity."""
+        if self.whole is None:
+            stacked = products.stack(self.parts)
+            np.multiply(stacked.b, by, out=stacked.b)
+            return stacked
+        whole = _added(self.whole, self.parts)
+        np.multiply(whole, by, out=whole)
+        outputs, inputs = whole.shape
+        return Factors(_identity(outputs), whole) if outputs < inputs else Factors(whole, _identity(inputs))
 
 
-class Target(NamedTuple):
-    """Σ w_k B_k A_k of each module by path, and Σ w_k."""
+@dataclass(frozen=True)
+class Target:
+    """Σ w_k B_k A_k of each module by path, and Σ w_k of the clients that have the module (`weights`) and of all."""
 
     weight: float
-    sums: Mapping[str, Factors]
+    sums: Mapping[str, Sum]
+    weights: Mapping[str, float]
 
 
-class Errors(NamedTuple):
-    """Relative errors: of all modules together, and of each by path; NaN where T is 0."""
+class Report(NamedTuple):
+    """Figures of one round, in all and by module.
 
-    overall: float
-    by_module: Mapping[str, float]
+    `errors` are ‖applied − T‖_F / ‖T‖_F (NaN where T is 0), `effective_ranks` those of T by participation ratio,
+    `tails` the part of T's norm, from 0 to 1, that no adapter of the server's rank can hold.
+    """
+
+    error: float
+    errors: Mapping[str, float]
+    effective_ranks: Mapping[str, float]
+    tail: float
+    tails: Mapping[str, float]
 
 
-def measured_modules(spec: AdapterSpec, hidden: Collection[str]) -> tuple[str, ...]:
-    """Paths of the LoRA modules of which the server sees both factors; `hidden` tensors stay with their clients."""
-    seen = (module.path for module in spec.modules if module.kind == "lora")
-    return tuple(path for path in seen if not {f"{path}.A", f"{path}.B"} & set(hidden))
+def measured_modules(spec: AdapterSpec, hidden: Collection[str]) -> tuple[ModuleSpec, ...]:
+    """The low-rank modules of which the server sees every tensor; `hidden` ones stay with their clients."""
+    return tuple(
+        module
+        for module in low_rank_modules(spec)
+        if not {f"{module.path}.{name}" for name, _ in module.shapes} & set(hidden)
+    )
+
+
+def held(modules: tuple[ModuleSpec, ...], received: Tensors) -> tuple[ModuleSpec, ...]:
+    """Those of `modules` that a client has, which received `received`."""
+    return tuple(m for m in modules if all(f"{m.path}.{name}" in received for name, _ in m.shapes))
 
 
 def begin() -> Target:
     """The target of no clients."""
-    return Target(0.0, {})
+    return Target(0.0, {}, {})
 
 
-def add(target: Target, modules: tuple[str, ...], received: Tensors, delta: Tensors, weight: float) -> Target:
+def add(target: Target, modules: tuple[ModuleSpec, ...], received: Tensors, delta: Tensors, weight: float) -> Target:
     """The target with one more client, which received an adapter and moved it by `delta`."""
-    sums = {}
-    for path in modules:
-        b, a = _factors(path, received, delta)
-        own = Factors(weight * b, a)
-        sums[path] = folded(stack(target.sums[path], own)) if path in target.sums else own
-    return Target(target.weight + weight, sums)
+    sums, weights = dict(target.sums), dict(target.weights)
+    for module in modules:
+        product = products.scaled(factors(module, received, delta), weight)
+        sums[module.path] = sums.get(module.path, Sum()).plus(product)
+        weights[module.path] = weights.get(module.path, 0.0) + weight
+    return Target(target.weight + weight, sums, weights)
 
 
-def errors(target: Target, received: Tensors, delta: Tensors) -> Errors:
-    """How far from the target the adapter is that was received and then moved by `delta`."""
-    found, missed, wanted = {}, 0.0, 0.0
+def means(target: Target, missing: str = "zero") -> dict[str, Factors]:
+    """T of each module: the sum over all clients' weight, or ("covered") over that of those that have the module."""
+    found = {}
     for path, total in target.sums.items():
-        exact = Factors(total.b / target.weight, total.a)
-        applied = _factors(path, received, delta)
-        gap, size = frobenius(stack(applied, Factors(-exact.b, exact.a))), frobenius(exact)
-        found[path] = gap / size if size else math.nan
-        missed, wanted = missed + gap**2, wanted + size**2
-    return Errors(math.sqrt(missed / wanted) if wanted else math.nan, found)
+        weight = target.weight if missing == "zero" else target.weights[path]
+        found[path] = total.product(1.0 / weight)
+    return found
 
 
-def stack(one: Factors, other: Factors) -> Factors:
-    """Factors of the sum of two products; ranks add up."""
-    return Factors(np.concatenate([one.b, other.b], axis=1), np.concatenate([one.a, other.a], axis=0))
+def report(
+    exact: Mapping[str, Factors], applied: Mapping[str, Factors], spectra: Mapping[str, products.Spectrum]
+) -> Report:
+    """Figures of what was applied against the exact mean, whose `spectra` are known; all by module."""
+    errors, effective, tails = {}, {}, {}
+    missed = wanted = lost = 0.0
+    for path, mean in exact.items():
+        size, dropped, effective[path] = spectra[path]
+        gap = _distance(applied[path], mean, size)
+        errors[path] = gap / size if size else math.nan
+        tails[path] = dropped / size if size else math.nan
+        missed, wanted, lost = missed + gap**2, wanted + size**2, lost + dropped**2
+    overall, tail = (math.sqrt(part / wanted) if wanted else math.nan for part in (missed, lost))
+    return Report(overall, errors, effective, tail, tails)
 
 
-def folded(product: Factors) -> Factors:
-    """The same product at a rank of at most min(out, in)."""
-    outputs, rank = product.b.shape
-    inputs = product.a.shape[1]
-    if rank <= min(outputs, inputs):
-        return product
-    if inputs <= outputs:
-        q, r = np.linalg.qr(product.a)
-        return Factors(product.b @ q, r)
-    q, r = np.linalg.qr(product.b.T)
-    return Factors(r.T, q.T @ product.a)
+def _distance(applied: Factors, exact: Factors, size: float) -> float:
+    """‖applied − exact‖_F, from squares where they hold enough digits."""
+    square = products.inner(applied, applied) - 2 * products.inner(applied, exact) + size**2
+    if square > (_SQUARES_HOLD * size) ** 2:
+        return math.sqrt(square)
+    return products.frobenius(products.difference(applied, exact))
 
 
-def frobenius(product: Factors) -> float:
-    """‖B A‖_F, from the triangular factors alone."""
-    left: np.ndarray = np.linalg.qr(product.b)[1]
-    right: np.ndarray = np.linalg.qr(product.a.T)[1]
-    return float(np.linalg.norm(left @ right.T))
+def _added(whole: np.ndarray | None, parts: tuple[Factors, ...]) -> np.ndarray:
+    """A new matrix: `whole` and the products of `parts`, a few at a time, added in place by BLAS."""
+    total = np.zeros(parts[0].shape) if whole is None else whole.copy()
+    for start in range(0, len(parts), _CHUNK_PARTS):
+        chunk = products.stack(parts[start : start + _CHUNK_PARTS])
+        total = blas.dgemm(1.0, chunk.a.T, chunk.b.T, 1.0, total.T, overwrite_c=1).T
+    return total
 
 
-def _factors(path: str, received: Tensors, delta: Tensors) -> Factors:
-    """A module's factors after `delta`, which may lack a tensor that does not move."""
-    wide = (np.add(received[key], delta.get(key, 0), dtype=np.float64) for key in (f"{path}.B", f"{path}.A"))
-    return Factors(*wide)
+def _identity(size: int) -> np.ndarray:
+    """The identity, read-only, as a view of few numbers: written out it is as great as the matrix beside it."""
+    band = np.zeros(2 * size - 1)
+    band[size - 1] = 1.0
+    return np.lib.stride_tricks.sliding_window_view(band, size)[::-1]

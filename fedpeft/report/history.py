@@ -83,6 +83,40 @@ class History:
         return full / sent if full and sent else None
 
     @property
+    def rule(self) -> str | None:
+        """The name of the rule that merges updates; None where the settings do not tell it."""
+        rule = self.config.get("aggregation.merge.rule")
+        return None if rule is None else str(rule)
+
+    @property
+    def server_rank(self) -> int | None:
+        """The rank of the server's adapter; None for a family without one."""
+        rank = self.config.get(f"adapter.{self.config.get('adapter.family')}.rank")
+        return int(rank) if rank else None
+
+    @property
+    def budget(self) -> int | None:
+        """The greatest rank that may go into the base; None where there is no bound."""
+        budget = self.config.get(f"aggregation.merge.{self.rule}.budget")
+        return int(budget) if budget else None
+
+    @property
+    def ranks(self) -> dict[int, tuple[int, ...]]:
+        """The ranks that each site had in the rounds in which it took part; nothing for a family without rank."""
+        found: dict[int, tuple[int, ...]] = {}
+        for record in self.rounds:
+            for client in record.get("clients") or ():
+                if client.get("rank"):
+                    found[client["partition"]] = (*found.get(client["partition"], ()), int(client["rank"]))
+        return found
+
+    @property
+    def unlike_ranks(self) -> tuple[int, ...]:
+        """The ranks of the sites in rising order, where they are not all one."""
+        ranks = sorted({rank for of_site in self.ranks.values() for rank in of_site})
+        return tuple(ranks) if len(ranks) > 1 else ()
+
+    @property
     def seconds(self) -> float:
         """Wall-clock time of the run, or of its rounds so far."""
         if self.end and self.end.get("seconds") is not None:

@@ -11,8 +11,10 @@ from fedpeft import journal
 from fedpeft.errors import RunFolderError, sentence
 from fedpeft.files import write_atomically
 from fedpeft.report.drawing import Plot, inline_svg
+from fedpeft.report.exactness import merge_words, module_table, modules_title
 from fedpeft.report.history import History, Record, history
-from fedpeft.report.plots import comparison_plots, plots
+from fedpeft.report.merge_plots import merge_plots
+from fedpeft.report.plots import comparison_plots, round_plots
 from fedpeft.report.stylesheet import STYLESHEET
 from fedpeft.report.tables import (
     Table,
@@ -27,6 +29,7 @@ from fedpeft.report.units import human_bytes, human_count, human_seconds, percen
 
 _Figure = tuple[str, str, str]
 _MOST_OPEN_ROWS = 20
+_NO_BREAK_PERCENT = "\u00a0%"
 
 
 def write_report(run_folder: Path) -> Path:
@@ -72,8 +75,10 @@ def render_page(records: Sequence[Record]) -> str:
         f'<p class="lede">{html.escape(_lede(run))}</p>',
         _figures(_key_figures(run)),
         _section("Result", _scroll(render_html(summary_table(records), "numbers summary"))),
-        _section("Round by round and site by site", _plots(plots(records))),
+        _section("Round by round and site by site", _plots(round_plots(run))),
     ]
+    if merges := _merges(run):
+        parts.append(_section("How exact the merges were", merges))
     failures = failure_table(records)
     if failures.rows:
         parts.append(_folded(f"Failures ({len(failures.rows)})", failures, "words"))
@@ -194,6 +199,14 @@ def _plot(plot: Plot) -> str:
         f'<figure id="plot-{plot.name}"><h3>{html.escape(plot.title)}</h3><div class="plot">{inline_svg(plot)}</div>'
         f"<figcaption>{html.escape(plot.caption)}</figcaption></figure>\n"
     )
+
+
+def _merges(run: History) -> str:
+    """What is known of the merges, in words, in plots and by module; empty where nothing is."""
+    said, drawn, modules = merge_words(run), merge_plots(run), module_table(run)
+    told = f'<p class="words">{html.escape(said.replace(" %", _NO_BREAK_PERCENT))}</p>' if said else ""
+    shown = _plots(drawn) if drawn else ""
+    return told + shown + (_folded(modules_title(run, modules), modules, "numbers modules") if modules.rows else "")
 
 
 def _folded(title: str, table: Table, css_class: str) -> str:

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib import ticker
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
-from fedpeft.report import drawing
+from fedpeft.report import drawing, series
 from fedpeft.report.drawing import BOUND_DASHES, FAINT, FEDERATION, INK, PALETTE, Plot
 from fedpeft.report.history import History, Record, history
+from fedpeft.report.merge_plots import merge_plots
 from fedpeft.report.sites import participation_plot, partition_plot
 from fedpeft.report.units import human_bytes, percent, times
 
@@ -25,12 +24,16 @@ def plots(records: Sequence[Record]) -> list[Plot]:
         RunFolderError: the journal does not begin with a start line.
     """
     run = history(records)
+    return [*round_plots(run), *merge_plots(run)]
+
+
+def round_plots(run: History) -> list[Plot]:
+    """What happened round by round and site by site."""
     makers = (
         accuracy_plot,
         group_accuracy_plot,
         loss_plot,
         drift_plot,
-        merge_error_plot,
         round_bytes_plot,
         total_bytes_plot,
         partition_plot,
@@ -49,17 +52,19 @@ def accuracy_plot(run: History) -> Plot | None:
         axes = figure.subplots()
         handles = {}
         if run.evaluated:
-            handles["federation"] = _line(axes, run.evaluated, _evaluated("accuracy"), FEDERATION)
+            handles["federation"] = series.line(axes, run.evaluated, _evaluated("accuracy"), FEDERATION)
         if on_sites:
             name = "federation, on the sites' own rows"
-            handles[name] = _line(axes, on_sites, _evaluated("accuracy", "client_evaluation"), FAINT, linestyle=":")
+            handles[name] = series.line(
+                axes, on_sites, _evaluated("accuracy", "client_evaluation"), FAINT, linestyle=":"
+            )
         for row, dashes in zip(run.bounds, itertools.cycle(BOUND_DASHES)):
             accuracy = (row.get("evaluation") or {}).get("accuracy")
             if accuracy is not None:
                 bound = axes.axhline(accuracy, color=INK, linestyle=dashes, linewidth=1.1)
                 handles[f"{row.get('name')}: {percent(accuracy)}"] = bound
         drawing.percent_axis(axes)
-        drawing.rounds_axis(axes, _numbers(run.rounds))
+        drawing.rounds_axis(axes, series.numbers(run.rounds))
         drawing.legend(figure, list(handles.values()), list(handles), columns=1)
     bounds = "; broken lines: the bounds, which no round changes" if run.bounds else ""
     return Plot("accuracy", "Accuracy", f"Share of rows classified rightly after each round{bounds}.", figure)
@@ -74,12 +79,12 @@ def group_accuracy_plot(run: History) -> Plot | None:
         figure = drawing.new_figure()
         axes = figure.subplots()
         handles = {
-            name: _line(axes, run.evaluated, _group_accuracy(name), color)
+            name: series.line(axes, run.evaluated, _group_accuracy(name), color)
             for name, color in zip(sorted(seen), itertools.cycle(PALETTE))
         }
-        handles["all rows"] = _line(axes, run.evaluated, _evaluated("accuracy"), FAINT, linestyle="--", marker="")
+        handles["all rows"] = series.line(axes, run.evaluated, _evaluated("accuracy"), FAINT, linestyle="--", marker="")
         drawing.percent_axis(axes)
-        drawing.rounds_axis(axes, _numbers(run.rounds))
+        drawing.rounds_axis(axes, series.numbers(run.rounds))
         drawing.legend(figure, list(handles.values()), list(handles), columns=3)
     caption = "The same model on the held-out rows of each group; a spread means that it serves some better."
     return Plot("group-accuracy", "Accuracy by group", caption, figure)
@@ -95,10 +100,10 @@ def loss_plot(run: History) -> Plot | None:
         axes = figure.subplots()
         handles = {}
         if trained:
-            handles["training, the cohort"] = _line(axes, trained, _value("loss"), PALETTE[1])
+            handles["training, the cohort"] = series.line(axes, trained, series.value("loss"), PALETTE[1])
         if run.evaluated:
-            handles["held-out rows"] = _line(axes, run.evaluated, _evaluated("loss"), FEDERATION)
-        drawing.rounds_axis(axes, _numbers(run.rounds))
+            handles["held-out rows"] = series.line(axes, run.evaluated, _evaluated("loss"), FEDERATION)
+        drawing.rounds_axis(axes, series.numbers(run.rounds))
         drawing.legend(figure, list(handles.values()), list(handles))
     caption = "Training loss is the weighted mean of the sites that took part, so it moves with who was drawn."
     return Plot("loss", "Loss", caption, figure)
@@ -112,39 +117,19 @@ def drift_plot(run: History) -> Plot | None:
         figure = drawing.new_figure(3.6)
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         dots = [(record["round"], norm) for record in run.rounds for norm in _client_norms(record)]
-        (cloud,) = above.plot(*_columns(dots), "o", color=FAINT, alpha=0.7, markersize=3, markeredgewidth=0)
+        (cloud,) = above.plot(*series.columns(dots), "o", color=FAINT, alpha=0.7, markersize=3, markeredgewidth=0)
         cloud.set_rasterized(len(dots) > drawing.MOST_VECTOR_MARKS)
-        _line(above, run.rounds, _value("update_norm"), FEDERATION)
+        series.line(above, run.rounds, series.value("update_norm"), FEDERATION)
         above.set_ylim(bottom=0)
         above.set_title("norm of the update")
-        _line(below, run.rounds, _value("drift"), PALETTE[3])
+        series.line(below, run.rounds, series.value("drift"), PALETTE[3])
         below.set_ylim(bottom=0)
         below.set_title("drift (distance from the mean ÷ norm of the mean)")
-        drawing.rounds_axis(below, _numbers(run.rounds))
-        handles = [_key(FEDERATION), drawing.key_mark(FAINT, "o")]
+        drawing.rounds_axis(below, series.numbers(run.rounds))
+        handles = [series.key(FEDERATION), drawing.key_mark(FAINT, "o")]
         drawing.legend(figure, handles, ["merged update", "one site's update"])
     caption = "Above 1, the sites pull apart more than they pull together."
     return Plot("drift", "Client drift", caption, figure)
-
-
-def merge_error_plot(run: History) -> Plot | None:
-    """How far each round's merge was from the exact mean, in all and for each module."""
-    measured = [record for record in run.rounds if record.get("merge_error") is not None]
-    if not measured:
-        return None
-    with drawing.style():
-        figure = drawing.new_figure()
-        axes = figure.subplots()
-        for module in sorted({name for record in measured for name in record["merge_errors"]}):
-            points = [(record["round"], record["merge_errors"].get(module)) for record in measured]
-            axes.plot(*_columns([point for point in points if point[1] is not None]), color=FAINT, linewidth=0.8)
-        _line(axes, measured, _value("merge_error"), FEDERATION)
-        axes.set_ylim(bottom=0)
-        drawing.percent_axis(axes)
-        drawing.rounds_axis(axes, _numbers(measured))
-        drawing.legend(figure, [_key(FEDERATION), _key(FAINT)], ["all modules", "one module"])
-    caption = "Distance of the merged product B·A from the mean of the sites' products, over that mean; 0 is exact."
-    return Plot("merge-error", "Error of the merge", caption, figure)
 
 
 def round_bytes_plot(run: History) -> Plot | None:
@@ -171,7 +156,7 @@ def comparison_plots(runs: Mapping[str, Sequence[Record]]) -> list[Plot]:
     told = {name: run for name, run in told.items() if run.evaluated}
     if not told:
         return []
-    by_round = {name: _points(run.evaluated, _evaluated("accuracy")) for name, run in told.items()}
+    by_round = {name: series.points(run.evaluated, _evaluated("accuracy")) for name, run in told.items()}
     by_bytes = {name: _accuracy_over_bytes(run) for name, run in told.items()}
     return [
         _comparison("accuracy", "Accuracy over rounds", "Held-out accuracy after each round.", by_round),
@@ -185,7 +170,7 @@ def _comparison(name: str, title: str, caption: str, lines: Mapping[str, Sequenc
         axes = figure.subplots()
         dashes = itertools.chain.from_iterable(itertools.repeat(kind, len(PALETTE)) for kind in ("-", "--", ":", "-."))
         handles = [
-            axes.plot(*_columns(points), color=color, linestyle=dash, marker=drawing.dots(points))[0]
+            axes.plot(*series.columns(points), color=color, linestyle=dash, marker=drawing.dots(points))[0]
             for points, color, dash in zip(lines.values(), itertools.cycle(PALETTE), itertools.cycle(dashes))
         ]
         drawing.percent_axis(axes)
@@ -202,7 +187,7 @@ def _comparison(name: str, title: str, caption: str, lines: Mapping[str, Sequenc
 def _bytes_plot(run: History, name: str, title: str, caption: str, gather: Any) -> Plot | None:
     if not any(record.get("bytes_up") or record.get("bytes_down") for record in run.rounds):
         return None
-    numbers = _numbers(run.rounds)
+    numbers = series.numbers(run.rounds)
     lines = {
         "down (server to sites)": ("bytes_down", "#9fc9b8", 3.6),
         "up (sites to server)": ("bytes_up", FEDERATION, 1.6),
@@ -225,24 +210,6 @@ def _bytes_plot(run: History, name: str, title: str, caption: str, gather: Any) 
     return Plot(name, title, f"{caption}.", figure)
 
 
-def _line(axes: Axes, records: Sequence[Record], read: Any, color: str, **look: Any) -> Line2D:
-    numbers, values = _columns(_points(records, read))
-    return axes.plot(numbers, values, color=color, **{"marker": drawing.dots(numbers), **look})[0]
-
-
-def _points(records: Sequence[Record], read: Any) -> list[tuple[float, float]]:
-    values = [(record["round"], read(record)) for record in records]
-    return [(number, math.nan if value is None else value) for number, value in values]
-
-
-def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [first for first, _ in points], [second for _, second in points]
-
-
-def _value(key: str) -> Any:
-    return lambda record: record.get(key)
-
-
 def _evaluated(key: str, where: str = "evaluation") -> Any:
     return lambda record: record[where].get(key)
 
@@ -255,8 +222,8 @@ def _accuracy_over_bytes(run: History) -> list[tuple[float, float]]:
     sent = itertools.accumulate(
         (record.get("bytes_up") or 0) + (record.get("bytes_down") or 0) for record in run.rounds
     )
-    totals = dict(zip(_numbers(run.rounds), sent, strict=True))
-    return [(totals[int(number)], value) for number, value in _points(run.evaluated, _evaluated("accuracy"))]
+    totals = dict(zip(series.numbers(run.rounds), sent, strict=True))
+    return [(totals[int(number)], value) for number, value in series.points(run.evaluated, _evaluated("accuracy"))]
 
 
 def _client_norms(record: Record) -> list[float]:
@@ -264,13 +231,5 @@ def _client_norms(record: Record) -> list[float]:
     return [norm for norm in norms if norm is not None]
 
 
-def _numbers(records: Sequence[Record]) -> list[int]:
-    return [record["round"] for record in records]
-
-
 def _positive(sizes: Sequence[float]) -> list[float]:
     return [size if size > 0 else math.nan for size in sizes]
-
-
-def _key(color: str) -> Line2D:
-    return Line2D([], [], color=color, marker="o")

@@ -88,6 +88,8 @@ def participation_plot(run: History) -> Plot | None:
             names.append("failed")
         _site_axis(axes, list(rows), list(rows.values()))
         axes.set_ylim(len(rows) - 0.4, -0.6)
+        if run.unlike_ranks:
+            _rank_axis(axes, rows, run.ranks)
         drawing.rounds_axis(axes, [record["round"] for record in run.rounds])
         drawing.legend(figure, handles, names)
     return Plot("participation", "Who took part", _participation_caption(run, len(rows), len(failed)), figure)
@@ -183,7 +185,27 @@ def _name_sites(
 
 
 def _site_axis(axes: Axes, partitions: Sequence[int], heights: Sequence[float]) -> None:
-    every = max(1, -(-len(partitions) // _MOST_NAMED_SITES))
+    every = _every(len(partitions))
     axes.set_yticks(heights[::every], [str(partition) for partition in partitions[::every]])
     axes.tick_params(axis="y", length=0)
     axes.set_ylabel("site", color=INK if partitions else FAINT)
+
+
+def _rank_axis(axes: Axes, rows: Mapping[int, int], ranks: Mapping[int, Sequence[int]]) -> None:
+    """The rank of each site on the right of its row; where it changed, the first and the last."""
+    beside = axes.secondary_yaxis("right")
+    every = _every(len(rows))
+    told = {rows[partition]: _changed(ranks[partition]) for partition in list(rows)[::every] if partition in ranks}
+    beside.set_yticks(list(told), list(told.values()))
+    beside.tick_params(axis="y", length=0)
+    beside.spines["right"].set_visible(False)
+    beside.set_ylabel("rank", color=INK)
+
+
+def _changed(ranks: Sequence[int]) -> str:
+    return str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} → {ranks[-1]}"
+
+
+def _every(sites: int) -> int:
+    """One of how many sites is named, so that names do not run together."""
+    return max(1, -(-sites // _MOST_NAMED_SITES))

@@ -37,6 +37,7 @@ tbody th { font-weight: 400; }
 tbody tr { border-bottom: 1px solid var(--rule); }
 .summary tbody tr:first-child > * { font-weight: 650; color: var(--accent); }
 .words td, .words th { text-align: left; overflow-wrap: anywhere; white-space: normal; }
+p.words { max-width: 46em; margin: 0 0 1.6rem; }
 .settings { font-size: .85rem; }
 .settings tbody { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; }
 .plots { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 2.2rem 2rem; align-items: start; }
@@ -54,7 +55,8 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
 .numbers th:first-child { position: sticky; left: 0; background: var(--paper); }
 @media (max-width: 760px) { main { padding: 1.6rem 1rem 3rem; } .plots { grid-template-columns: minmax(0, 1fr); }
   h2 { margin-top: 2.2rem; } .figures dd { font-size: 1.35rem; } .lede { font-size: 1.05rem; }
-  .numbers tbody th { min-width: 8.5em; white-space: normal; } .numbers thead th { white-space: nowrap; } }
+  .numbers tbody th { min-width: 8.5em; white-space: normal; } .numbers thead th { white-space: nowrap; }
+  .modules tbody th { overflow-wrap: anywhere; } }
 @media print {
   :root { --paper: #fff; --ink: #000; --soft: #444; --rule: #bbb; --accent: #123f7a; }
   body { font-size: 10pt; } main { max-width: none; padding: 0; } h2 { margin-top: 1.6rem; break-after: avoid; }

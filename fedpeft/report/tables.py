@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpeft.report.history import History, Record, history
-from fedpeft.report.units import NOTHING, human_bytes, human_seconds, percent, times
+from fedpeft.report.units import NOTHING, between, human_bytes, human_seconds, percent, times
 
 _NARROWEST = 9
+_WIDEST_NAME = 26
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,11 @@ def settings_table(records: Sequence[Record]) -> Table:
 
 
 def render_plain(table: Table) -> str:
-    """Columns padded with spaces under a rule, long headings broken over lines; no colour, no tabs, no last newline."""
-    body = [_line(row) for row in table.rows]
+    """Columns padded with spaces under a rule, long headings and names broken over lines.
+
+    No colour, no tabs, no last newline.
+    """
+    body = [line for row in table.rows for line in _broken(_line(row))]
     cells = [[row[index] for row in body] for index in range(len(table.columns))]
     headings = [
         textwrap.wrap(heading, max([_NARROWEST, *map(_width, column)]), break_long_words=False) or [""]
@@ -151,7 +155,7 @@ def _federation(run: History) -> SummaryRow:
     evaluation = run.evaluation or {}
     going = "" if run.end else f", so far ({_rounds_done(run)})"
     return SummaryRow(
-        name=f"federation{going}",
+        name=f"federation{_merging(run)}{going}",
         accuracy=evaluation.get("accuracy"),
         spread=None,
         groups=_group_accuracy(evaluation),
@@ -160,6 +164,13 @@ def _federation(run: History) -> SummaryRow:
         ratio=run.ratio,
         seconds=run.seconds,
     )
+
+
+def _merging(run: History) -> str:
+    """By which rule, and at which ranks where the sites' differ."""
+    ranks = f"ranks {between(run.unlike_ranks, '–')}" if run.unlike_ranks else ""
+    told = ", ".join(part for part in (run.rule, ranks) if part)
+    return f" ({told})" if told else ""
 
 
 def _bound(row: Record) -> SummaryRow:
@@ -207,6 +218,14 @@ def _setting(config: Record, key: str) -> str:
 
 def _line(row: Sequence[str]) -> list[str]:
     return [" ".join(cell.split()) for cell in row]
+
+
+def _broken(row: Sequence[str]) -> list[list[str]]:
+    """The row as lines, the first cell of which is not too long where it can be broken."""
+    name, *cells = row
+    wrapper = textwrap.TextWrapper(_WIDEST_NAME, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    first, *others = wrapper.wrap(name) or [""]
+    return [[first, *cells], *([other, *("" for _ in cells)] for other in others)]
 
 
 def _escaped(row: Sequence[str]) -> list[str]:

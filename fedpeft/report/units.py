@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
+
 NOTHING = "–"
+ROUNDING = 1e-5
+"""A relative error below this is what float32 makes of an exact result."""
+
 _BYTE_STEPS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _COUNT_STEPS = ((1e9, "B"), (1e6, "M"))
 
@@ -47,6 +53,21 @@ def percent(share: float | None, spread: float | None = None) -> str:
         return NOTHING
     around = "" if spread is None else f" ± {100 * spread:.1f}"
     return f"{100 * share:.1f}{around} %"
+
+
+def relative(share: float | None) -> str:
+    """An error over what it is an error of: `0.281` is `28.1 %`, `0.00042` is `0.042 %`, `4e-9` is `< 0.001 %`."""
+    if share is None or math.isnan(share):
+        return NOTHING
+    if 0 < share < ROUNDING:
+        return f"< {100 * ROUNDING:g} %"
+    return f"{100 * share:.3f} %" if 0 < share < 5e-4 else percent(share)
+
+
+def between(numbers: Collection[float], joint: str = " to ") -> str:
+    """The least and the greatest of whole numbers, or the one that all of them are: `2 to 8`, or `4`."""
+    least, greatest = round(min(numbers)), round(max(numbers))
+    return str(least) if least == greatest else f"{least}{joint}{greatest}"
 
 
 def points(difference: float) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import strategies as st
 
 from fedpeft.config import Choice, RunConfig
+from fedpeft.config.federation import RANKS, ByMemory, FederationConfig
 from fedpeft.config.fields import Table
-from fedpeft.config.run import FederationConfig
 from fedpeft.config.training import METRICS
-from fedpeft.merges import WEIGHTS
+from fedpeft.merges import MISSING, SPACES, WEIGHTS
+from fedpeft.optimizers import CONVENTIONS
 
 TEXTS = st.text(max_size=6)
 PLAIN: dict[Any, st.SearchStrategy[Any]] = {
@@ -25,23 +27,28 @@ PLAIN: dict[Any, st.SearchStrategy[Any]] = {
 }
 # Settings whose values are bound more tightly than their type.
 BOUND: dict[str, st.SearchStrategy[Any]] = {
+    "convention": st.sampled_from(sorted(CONVENTIONS)),
     "delimiter": st.characters(exclude_categories=("Cs",)),
     "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
+    "keep": st.floats(0.01, 1.0),
     "labels": st.lists(TEXTS, min_size=2, max_size=4, unique=True).map(tuple),
     "max_tokens": st.integers(8, 512),
     "metric": st.sampled_from(sorted(METRICS)),
+    "missing": st.sampled_from(MISSING),
     "name": st.from_regex(r"[a-z0-9_-]{1,8}", fullmatch=True),
     "precision": st.sampled_from(["float32", "bfloat16", "float16"]),
+    "ranks": st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple),
     "seed": st.integers(0, 2**63 - 1),
     "source": st.text(min_size=1, max_size=6),
+    "space": st.sampled_from(SPACES),
     "weights": st.sampled_from(sorted(WEIGHTS)),
 }
 
 
 def settings_of(kind: type) -> st.SearchStrategy[Any]:
     """Valid settings of the class `kind`."""
-    if kind is FederationConfig:
-        return _federations()
+    if kind in WHOLE:
+        return WHOLE[kind]()
     hints = typing.get_type_hints(kind)
     return st.builds(kind, **{item.name: _values(item, hints[item.name]) for item in dataclasses.fields(kind)})
 
@@ -86,4 +93,17 @@ def _federations(draw: st.DrawFn) -> FederationConfig:
         cohort=cohort,
         quorum=draw(st.integers(0, cohort)),
         deadline_seconds=draw(st.floats(0.1, 1e6)),
+        most_update_norm=draw(st.floats(0, 1e6)),
+        ranks=draw(_choices(RANKS)),
     )
+
+
+@st.composite
+def _by_memory(draw: st.DrawFn) -> ByMemory:
+    gigabytes = draw(st.lists(st.floats(0.001, 64), min_size=1, max_size=3).map(sorted))
+    ranks = draw(st.lists(st.integers(1, 40), min_size=len(gigabytes), max_size=len(gigabytes)))
+    return ByMemory(tuple(ranks), tuple(gigabytes))
+
+
+# Settings whose fields depend on one another.
+WHOLE: dict[type, Callable[[], st.SearchStrategy[Any]]] = {FederationConfig: _federations, ByMemory: _by_memory}

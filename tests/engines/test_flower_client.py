@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
 
-from fedpeft.config import RunConfig, override, to_flat
+from fedpeft.config import RunConfig, digest, override, to_flat
 from fedpeft.engines.flower_client import MODEL_VARIABLE, Row, client_app, on_node
 from fedpeft.engines.flower_messages import to_packet, to_records
 from fedpeft.errors import PacketError
+from fedpeft.experiment import adapted_model
+from fedpeft.requests import describe_request
+from fedpeft.updates import ServerState
 from fedpeft.version import VERSION
-from fedpeft.wire import Packet
+from fedpeft.wire import Packet, Session
+from tests import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +82,45 @@ def test_own_rows_and_an_own_model_take_the_place_of_the_servers(monkeypatch: py
     for source in ("asset:minilm", "sentence-transformers/all-MiniLM-L6-v2"):
         monkeypatch.delenv(MODEL_VARIABLE, raising=False)
         assert on_node(override(RunConfig(), [f"model.source={source}"]), None).model.source == source
+
+
+@pytest.fixture
+def described(
+    tiny_model: Path, tiny_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Packet]:
+    """What a node with rows and a model of its own answers when it is asked to describe itself."""
+    monkeypatch.setenv(MODEL_VARIABLE, str(tiny_model))
+    config = tiny.run_config(tiny_model, tiny_rows, tmp_path / "run")
+    adapted = adapted_model(config)
+    session = Session("run", digest(config), adapted.spec.digest)
+    request = describe_request(ServerState("run", 0, 0, adapted.initial), session)
+
+    def rows(config: RunConfig) -> list[Row]:
+        return [Row("good film", "no"), Row("fine shop", "maybe")]
+
+    def describe(**node_config: int | str) -> Packet:
+        message = Message(to_records(request, to_flat(config)), 1, MessageType.QUERY)
+        context = Context(1, 1, {"partition-id": 1, **node_config}, RecordDict(), {})
+        return to_packet(client_app(rows)(message, context).content)
+
+    return describe
+
+
+@pytest.mark.parametrize(("node_config", "rank"), [({}, 0), ({"rank": 2}, 2), ({"rank": 64}, 64)])
+def test_a_node_says_the_rank_that_it_was_started_with(
+    described: Callable[..., Packet], node_config: dict[str, int], rank: int
+) -> None:
+    answer = described(**node_config)
+    assert answer.kind == "description", answer.manifest.get("reason")
+    assert answer.manifest["rank"] == rank
+    assert (answer.manifest["partition"], answer.manifest["round"]) == (1, 1)
+    memory = answer.manifest["memory_bytes"]
+    assert type(memory) is int
+    assert memory > 0
+
+
+@pytest.mark.parametrize("rank", ["4", -1, 2.5, True])
+def test_a_rank_that_is_none_is_one_sentence(described: Callable[..., Packet], rank: int | str) -> None:
+    answer = described(rank=rank)
+    assert answer.kind == "failure"
+    assert "node-config, rank: expected an integer from 1, found" in str(answer.manifest["reason"])

@@ -179,6 +179,18 @@ def test_an_exchange_yields_one_item_for_each_request(federation: Federation) ->
     assert seen == [CONFIG]
 
 
+@pytest.mark.parametrize("kind", ["fit", "evaluate", "describe"])
+def test_every_kind_of_request_reaches_its_node(federation: Federation, kind: str) -> None:
+    node = federation.connect()
+    said = [introduces(1)]
+    transport = GridTransport(federation.grid, CONFIG, lambda: federation.reply(node, said[0]))
+    transport.partitions()
+    assert transport.partitions() == (1,)
+    said[0] = echo
+    request = Packet(kind, {"round": 1, "run": "r", "residual.to": "1,2"}, b"\1\2")
+    assert dict(transport.exchange({1: request}, 5.0)) == {1: Packet("update", request.manifest, request.body)}
+
+
 def test_an_engine_that_has_ended_ends_the_exchange(federation: Federation) -> None:
     ended: list[str] = []
 

@@ -8,11 +8,14 @@ from fedpeft.client import FitJob
 from fedpeft.engines.local import LocalTransport, answer
 from fedpeft.errors import CheckpointError
 from fedpeft.memory import FolderMemory
+from fedpeft.merges import Pruning
+from fedpeft.requests import describe_request, evaluate_request, fit_request
 from fedpeft.stages import keep_local
-from fedpeft.wire import Failure, Packet, evaluate_request, fit_request
-from tests.toys import RUN, SESSION, Toy, flat, site, state, strategy, transport
+from fedpeft.strategy import build
+from fedpeft.wire import Failure, Packet
+from tests.toys import RUN, SESSION, WIDE, WIDE_SESSION, Toy, flat, parts, site, state, strategy, transport, wide_state
 
-REQUEST = fit_request(strategy(), state(0, 0, 0), SESSION)
+REQUEST = fit_request(strategy(), state(0, 0, 0), SESSION, 0)
 
 
 def broken(job: FitJob) -> None:
@@ -58,21 +61,43 @@ def test_memory_is_read_before_and_kept_after(tmp_path: Path) -> None:
     assert store.load(RUN, 0, 2).fields == {"position": 1}
 
 
-@pytest.mark.parametrize("breaks", [broken, None])
-def test_a_failed_fit_and_an_evaluation_keep_no_memory(tmp_path: Path, breaks: Callable[[FitJob], None] | None) -> None:
+@pytest.mark.parametrize(
+    ("request_", "breaks", "kind"),
+    [
+        (REQUEST, broken, "failure"),
+        (evaluate_request(strategy(), state(), SESSION, 0), None, "evaluation"),
+        (describe_request(state(), SESSION), None, "description"),
+    ],
+)
+def test_a_failed_fit_an_evaluation_and_a_description_keep_no_memory(
+    tmp_path: Path, request_: Packet, breaks: Callable[[FitJob], None] | None, kind: str
+) -> None:
     store = FolderMemory(tmp_path)
-    request = REQUEST if breaks else evaluate_request(strategy(), state(), SESSION)
-    reply = answer(request, site(0, learner=Toy(0, breaks=breaks)), store)
-    assert reply.kind == ("failure" if breaks else "evaluation")
+    reply = answer(request_, site(0, learner=Toy(0, breaks=breaks)), store)
+    assert reply.kind == kind
     assert not (tmp_path / RUN).exists()
+
+
+def test_a_description_is_of_what_the_node_is_before_the_round(tmp_path: Path) -> None:
+    """A round that is done again asks a node whose first try has pruned it further."""
+    plan, store = build(parts(pruning=Pruning(0.5, 0.1))), FolderMemory(tmp_path)
+    own = site(0, plan, Toy(0, spec=WIDE))
+    said = []
+    for _ in range(2):
+        said.append(answer(describe_request(wide_state(), WIDE_SESSION), own, store).manifest["rank"])
+        reply = answer(fit_request(plan, wide_state(), WIDE_SESSION, 0), own, store)
+        assert reply.manifest["rank"] == 2
+    assert said == [0, 0]
+    later = answer(describe_request(wide_state(1), WIDE_SESSION), own, store)
+    assert later.manifest["rank"] == 2
 
 
 def test_an_evaluation_uses_the_memory_of_the_round_it_scores(tmp_path: Path) -> None:
     plan, learner, store = strategy(keep_local(["head.*"])), Toy(0), FolderMemory(tmp_path)
     for round_ in (0, 1):
-        answer(fit_request(plan, state(0, 0, 0, round_=round_), SESSION), site(0, plan), store)
-    first = answer(evaluate_request(plan, state(round_=1), SESSION), site(0, plan, learner), store)
-    second = answer(evaluate_request(plan, state(round_=2), SESSION), site(0, plan, learner), store)
+        answer(fit_request(plan, state(0, 0, 0, round_=round_), SESSION, 0), site(0, plan), store)
+    first = answer(evaluate_request(plan, state(round_=1), SESSION, 0), site(0, plan, learner), store)
+    second = answer(evaluate_request(plan, state(round_=2), SESSION, 0), site(0, plan, learner), store)
     # Half of the way to 4, and from there a third of the rest.
     assert first.manifest["metric.accuracy"] == 2.0
     assert second.manifest["metric.accuracy"] == pytest.approx(2 + 2 / 3)

@@ -29,6 +29,7 @@ class Shape:
     bounds: bool = True
     ended: bool = True
     failures: bool = True
+    merges: bool = False
 
 
 def evaluation(accuracy: float, shape: Shape) -> dict[str, Any]:
@@ -49,12 +50,20 @@ def partition(number: int, shape: Shape) -> dict[str, Any]:
 
 
 def start_line(shape: Shape) -> dict[str, Any]:
+    merging = {"adapter.lora.rank": 8, "aggregation.merge.rule": "fedex", "aggregation.optimizer.kind": "sgd"}
     return {
         "event": "start",
         "fedpeft": "0.1.0",
         "time": "2026-03-01T09:30:00Z",
         "engine": "local",
-        "config": {"name": "demo", "seed": 7, "rounds": shape.rounds, "adapter.kind": "lora", "federation.cohort": 6},
+        "config": {
+            "name": "demo",
+            "seed": 7,
+            "rounds": shape.rounds,
+            "adapter.family": "lora",
+            "federation.cohort": 6,
+            **(merging if shape.merges else {}),
+        },
         "labels": LABELS,
         "adapter": {
             "family": "lora",
@@ -82,10 +91,25 @@ def client_line(number: int, site: int) -> dict[str, Any]:
     }
 
 
+def merge_figures(number: int) -> dict[str, Any]:
+    """What a round says of its merge; a module that no site moved has no figures."""
+    return {
+        "merge_error": 0.2 / number,
+        "merge_errors": {"layer.0.query": 0.1 / number, "layer.0.value": 0.3 / number, "layer.1.query": None},
+        "effective_ranks": {"layer.0.query": 1.5, "layer.0.value": 3.5, "layer.1.query": None},
+        "tail": 0.08,
+        "tails": {"layer.0.query": 0.02, "layer.0.value": 0.11, "layer.1.query": None},
+        "residual_rank": 6.0 * number,
+        "residual_dropped": 0.0,
+    }
+
+
 def round_line(number: int, shape: Shape) -> dict[str, Any]:
     cohort = sorted({(number * 5 + 7 * step) % shape.sites for step in range(shape.cohort)})
     failed = cohort[1:2] if shape.failures and number in (3, 6) else []
     clients = [client_line(number, site) for site in cohort if site not in failed]
+    if shape.merges:
+        clients = [{**client, "rank": (2, 4, 8)[client["partition"] % 3]} for client in clients]
     accuracy = 0.73 - 0.28 / (1 + number) + 0.008 * (-1) ** number
     return {
         "event": "round",
@@ -102,6 +126,7 @@ def round_line(number: int, shape: Shape) -> dict[str, Any]:
         "seconds": {"total": 9.4, "exchange": 7.9, "merge": 0.1, "evaluate": 1.4},
         "evaluation": evaluation(accuracy, shape) if shape.evaluated else None,
         "client_evaluation": None,
+        **(merge_figures(number) if shape.merges else {}),
     }
 
 
@@ -144,10 +169,13 @@ SHAPES = {
     "no bounds": Shape(bounds=False),
     "no evaluation": Shape(evaluated=False, bounds=False),
     "many sites": Shape(sites=150, cohort=40, rounds=120),
+    "merges": Shape(merges=True),
+    "merges of one round": Shape(merges=True, rounds=1, ended=False, bounds=False),
+    "merges of many sites": Shape(merges=True, sites=150, cohort=40, rounds=60),
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tell() -> Callable[..., list[dict[str, Any]]]:
     """`tell(rounds=3, bounds=False)` gives the records of a run of that shape."""
     return lambda **shape: told(Shape(**shape))
@@ -168,7 +196,16 @@ def any_records(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 @pytest.fixture
 def run_folder(tmp_path: Path, records: list[dict[str, Any]]) -> Path:
     """A run folder that holds nothing but its journal."""
-    folder = tmp_path / "demo"
+    return kept(tmp_path / "demo", records)
+
+
+@pytest.fixture
+def merged_folder(tmp_path: Path) -> Path:
+    """The folder of a run whose sites have unlike ranks and whose journal measures the merges."""
+    return kept(tmp_path / "merged", told(Shape(merges=True)))
+
+
+def kept(folder: Path, records: list[dict[str, Any]]) -> Path:
     for record in records:
         journal.append(folder / "journal.jsonl", record)
     return folder

@@ -32,6 +32,7 @@ addEventListener("load", () => {{
   said.textContent = JSON.stringify({{
     page: inside.documentElement.scrollWidth,
     plots: [...inside.querySelectorAll(".plot svg")].map(box),
+    modules: [...inside.querySelectorAll(".modules tbody th")].map(box),
     letters: Math.min(...[...inside.querySelectorAll(".plot svg text")].map(t => t.getBoundingClientRect().height)),
     fetched: inside.defaultView.performance.getEntriesByType("resource").map(entry => entry.name),
   }});
@@ -74,6 +75,22 @@ def test_every_plot_has_a_size_and_nothing_is_wider_than_the_page(width, columns
     assert len({round(left) for left, _, _ in sizes["plots"]}) == columns
     assert sizes["letters"] >= 8
     assert sizes["fetched"] == []
+
+
+@pytest.mark.parametrize(("width", "columns"), [(360, 1), (1400, 2)])
+def test_the_merges_fit_beside_the_rest_and_names_of_modules_leave_room_for_figures(
+    width, columns, merged_folder, tmp_path
+):
+    path = merged_folder / "journal.jsonl"
+    path.write_text(path.read_text().replace("layer.0.", "bert.encoder.layer.0.attention.self."))
+    sizes = measured(write_report(merged_folder), tmp_path, width)
+    assert sizes["page"] <= width
+    assert len(sizes["plots"]) == 11
+    assert all(left >= 0 and right <= width and height > 150 for left, right, height in sizes["plots"])
+    assert len({round(left) for left, _, _ in sizes["plots"]}) == columns
+    assert sizes["letters"] >= 8
+    assert len(sizes["modules"]) == 3
+    assert all(right - left <= width / 2 for left, right, _ in sizes["modules"])
 
 
 def test_a_page_that_did_fetch_something_would_be_caught(run_folder, tmp_path):

@@ -70,6 +70,36 @@ def test_the_page_of_a_run_holds_its_result_plots_failures_and_settings(run_fold
     assert sorted(item.name for item in run_folder.iterdir()) == ["journal.jsonl", "report.html"]
 
 
+def test_the_page_of_a_run_that_measured_its_merges_says_how_exact_they_were(merged_folder):
+    outline = Outline(write_report(merged_folder).read_text())
+    said = " ".join(outline.texts)
+    assert outline.open == []
+    assert outline.count("svg") == outline.count("figcaption") == 11
+    for text in (
+        "How exact the merges were",
+        "The rule fedex merged",
+        "greatest was 20.0\u00a0%, in round 1",
+        "layer.0.value",
+    ):
+        assert text in said
+    assert "federation (fedex, ranks 2–8)" in said
+
+
+@pytest.mark.parametrize(("figures", "drawn"), [({"updates_used": 3.0}, False), ({"merge_error": 0.1}, True)])
+def test_what_little_is_known_of_the_merges_is_shown(figures, drawn, tell):
+    start, record = tell(rounds=1, bounds=False, ended=False)
+    page = render_page([start, {**record, **figures}])
+    assert Outline(page).open == []
+    assert "How exact the merges were" in page
+    assert ("plot-merge-error" in page) is drawn
+    assert "Modules in round" not in page
+    assert "Nothing to draw" not in page
+
+
+def test_a_page_is_silent_on_merges_that_nobody_measured(records):
+    assert "How exact" not in render_page(records)
+
+
 def test_the_same_journal_gives_the_same_bytes(run_folder):
     first = write_report(run_folder).read_bytes()
     assert write_report(run_folder).read_bytes() == first
@@ -91,14 +121,27 @@ def test_a_start_line_that_says_nothing_still_gives_a_page():
 def test_no_text_of_a_journal_becomes_markup(text, records, tmp_path):
     start = {
         **records[0],
-        "config": {text: text, "name": text},
+        "config": {
+            text: text,
+            "name": text,
+            "adapter.family": text,
+            "aggregation.merge.rule": text,
+            "aggregation.optimizer.kind": text,
+        },
         "labels": [text],
         "engine": text,
         "time": text,
         "partitions": [{"partition": 0, "rows": 3, "labels": {text: 3}, "groups": {text: 3}}],
     }
     evaluation = {**records[1]["evaluation"], "groups": {text: records[1]["evaluation"]}}
-    hostile = {**records[1], "evaluation": evaluation, "failures": [{"partition": 0, "reason": text}]}
+    hostile = {
+        **records[1],
+        "evaluation": evaluation,
+        "failures": [{"partition": 0, "reason": text}],
+        "merge_error": 0.1,
+        "merge_errors": {text: 0.1},
+        "effective_ranks": {text: 1.0},
+    }
     bounds = {"event": "bounds", "rows": [{"name": text, "evaluation": evaluation, "seconds": 1.0}]}
     for record in (start, hostile, bounds):
         journal.append(tmp_path / "journal.jsonl", record)

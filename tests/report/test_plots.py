@@ -16,8 +16,8 @@ from fedpeft.report.plots import (
     comparison_plots,
     drift_plot,
     group_accuracy_plot,
-    merge_error_plot,
     plots,
+    round_plots,
 )
 from fedpeft.report.sites import participation_plot, partition_picture
 
@@ -169,14 +169,45 @@ def test_drawing_needs_no_pyplot(records):
     assert "matplotlib.pyplot" not in sys.modules
 
 
-def test_the_error_of_the_merge_is_drawn_for_all_and_for_each_module(records):
-    assert merge_error_plot(history(records)) is None
-    measured = [
-        {**record, "merge_error": 0.1, "merge_errors": {"q": 0.05, "v": None}} if record["event"] == "round" else record
-        for record in records
-    ]
-    plot = merge_error_plot(history(measured))
-    assert plot is not None
-    heights = [set(line.get_ydata()) for line in plot.figure.axes[0].lines]
-    assert heights == [{0.05}, set(), {0.1}]
-    assert "merge-error" in [each.name for each in plots(measured)]
+def ranks_beside(figure):
+    """The names on the right-hand axis, by height; nothing where there is no such axis."""
+    return {
+        tick: label.get_text()
+        for axis in figure.axes[0].child_axes
+        for tick, label in zip(axis.get_yticks(), axis.get_yticklabels(), strict=True)
+    }
+
+
+def test_unlike_ranks_stand_beside_the_sites_that_have_them(tell):
+    records = tell(merges=True, sites=4, cohort=4, rounds=2, failures=False)
+    records[2]["clients"][3]["rank"] = 1
+    assert ranks_beside(participation_plot(history(records)).figure) == {0: "2", 1: "4", 2: "8", 3: "2 → 1"}
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_ranks_that_are_all_alike_are_not_shown(rank, tell):
+    records = tell(merges=True)
+    for record in records:
+        for client in record.get("clients", ()):
+            client["rank"] = rank
+    run = history(records)
+    assert ranks_beside(participation_plot(run).figure) == {}
+    assert {known for of_site in run.ranks.values() for known in of_site} == {rank} - {0}
+
+
+def test_a_site_that_never_answered_has_no_rank(tell):
+    records = tell(merges=True, sites=3, cohort=3, rounds=1, failures=False)
+    records[1]["clients"] = records[1]["clients"][:2]
+    assert ranks_beside(participation_plot(history(records)).figure) == {0: "2", 1: "4"}
+
+
+def test_ranks_beside_many_sites_do_not_run_together(tell):
+    beside = ranks_beside(participation_plot(history(tell(merges=True, sites=150, cohort=40, rounds=60))).figure)
+    assert len(beside) == 38
+    assert set(beside.values()) == {"2", "4", "8"}
+
+
+def test_all_plots_are_those_of_the_rounds_and_those_of_the_merges(tell):
+    records = tell(merges=True)
+    assert {plot.name for plot in round_plots(history(records))} == WHOLE
+    assert [plot.name for plot in plots(records)[len(WHOLE) :]] == ["merge-error", "effective-rank", "residual-rank"]

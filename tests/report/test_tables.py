@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 
 import pytest
@@ -22,7 +23,7 @@ from fedpeft.report.tables import (
     summary_rows,
     summary_table,
 )
-from fedpeft.report.units import human_bytes, human_count, human_seconds, percent, points, times
+from fedpeft.report.units import between, human_bytes, human_count, human_seconds, percent, points, relative, times
 
 TEXTS = st.text(max_size=20)
 TABLES = st.integers(1, 4).flatmap(
@@ -53,6 +54,16 @@ TABLES = st.integers(1, 4).flatmap(
         (points(0.0523), "5.2 points above"),
         (points(-0.0281), "2.8 points below"),
         (points(-0.0004), "level with"),
+        (relative(0.281), "28.1 %"),
+        (relative(0.00042), "0.042 %"),
+        (relative(1e-5), "0.001 %"),
+        (relative(9e-6), "< 0.001 %"),
+        (relative(0.0), "0.0 %"),
+        (relative(math.nan), "–"),
+        (relative(None), "–"),
+        (between([8, 2, 4]), "2 to 8"),
+        (between([4.0, 4.0]), "4"),
+        (between({2, 16}, "–"), "2–16"),
         (times(312.4), "312 ×"),
         (times(None), "–"),
     ],
@@ -96,6 +107,34 @@ def test_every_shape_of_journal_has_a_table(any_records):
     assert table.rows
     assert all(len(row) == len(table.columns) for row in table.rows)
     assert "nan" not in render_plain(table).lower()
+
+
+@pytest.mark.parametrize(
+    ("rule", "ranks", "name"),
+    [
+        ("flora", {2, 8}, "federation (flora, ranks 2–8)"),
+        ("flora", {8}, "federation (flora)"),
+        (None, {2, 8}, "federation (ranks 2–8)"),
+        (None, {0}, "federation"),
+    ],
+)
+def test_the_result_names_the_rule_and_ranks_that_differ(rule, ranks, name, tell):
+    start, *others = tell(rounds=2, bounds=False, merges=True)
+    start["config"]["aggregation.merge.rule"] = rule
+    for record in others:
+        for client in record.get("clients", ()):
+            client["rank"] = sorted(ranks)[client["partition"] % len(ranks)]
+    assert summary_rows([start, *others])[0].name == name
+
+
+def test_the_table_in_a_terminal_is_no_wider_for_a_rule_of_a_long_name(tell):
+    start, *others = tell(merges=True)
+    start["config"]["aggregation.merge.rule"] = "geometric_median"
+    lines = render_plain(summary_table([start, *others])).split("\n")
+    assert max(map(len, lines)) == 120
+    assert lines[4].split()[:2] == ["federation", "71.2"]
+    assert lines[5:7] == ["  (geometric_median, ranks", "  2–8)"]
+    assert lines[7].startswith("frozen model, trained head  ")
 
 
 def test_failures_name_round_site_and_reason(records):

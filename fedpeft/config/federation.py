@@ -1,0 +1,85 @@
+"""Settings of who takes part, and at which rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedpeft.config.fields import Choice, Table, choice, require, require_range
+
+
+@dataclass(frozen=True)
+class Equal:
+    """Every node trains at the adapter's own rank."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Partition p trains at the p-th of `ranks`, counted round and round."""
+
+    ranks: tuple[int, ...] = (2, 4, 8, 16)
+
+    def __post_init__(self) -> None:
+        require(bool(self.ranks) and min(self.ranks) >= 1, "ranks", expected="ranks of 1 or more", found=self.ranks)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """Every node says its own rank before each round, which costs one more exchange; `default` for one that doesn't.
+
+    A node says it with `rank=4` in its `--node-config`.
+    """
+
+    default: int = 4
+
+    def __post_init__(self) -> None:
+        require_range(self, "default", 1)
+
+
+@dataclass(frozen=True)
+class ByMemory:
+    """A node says how much memory it has and trains at the last of `ranks` whose `gigabytes` it has."""
+
+    ranks: tuple[int, ...] = (2, 4, 8, 16)
+    gigabytes: tuple[float, ...] = (1.0, 4.0, 8.0, 16.0)
+
+    def __post_init__(self) -> None:
+        require(bool(self.ranks) and min(self.ranks) >= 1, "ranks", expected="ranks of 1 or more", found=self.ranks)
+        require(
+            len(self.gigabytes) == len(self.ranks) and list(self.gigabytes) == sorted(self.gigabytes),
+            "gigabytes",
+            expected=f"{len(self.ranks)} numbers in rising order, one for each rank",
+            found=self.gigabytes,
+        )
+
+
+RANKS = Table("rule", {"equal": Equal, "listed": Listed, "declared": Declared, "by_memory": ByMemory})
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Who takes part: `cohort` of `clients` sites each round.
+
+    A round needs `quorum` usable updates (0: all of the cohort) within `deadline_seconds`. An update whose norm is
+    above `most_update_norm` (0: no bound) is refused. `ranks` says which rank each site trains at.
+    """
+
+    clients: int = 12
+    cohort: int = 6
+    quorum: int = 1
+    deadline_seconds: float = 600.0
+    most_update_norm: float = 0.0
+    ranks: Choice = choice(RANKS, "equal")
+
+    def __post_init__(self) -> None:
+        require_range(self, "clients", 1)
+        require_range(self, "cohort", 1)
+        require(
+            self.cohort <= self.clients,
+            "cohort",
+            expected=f"at most clients = {self.clients}",
+            found=self.cohort,
+            remedy="lower cohort or raise clients",
+        )
+        require_range(self, "quorum", 0, self.cohort)
+        require(self.deadline_seconds > 0, "deadline_seconds", expected="above 0", found=self.deadline_seconds)
+        require_range(self, "most_update_norm", 0.0)

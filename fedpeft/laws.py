@@ -1,0 +1,182 @@
+"""The law of what may go with what: a plan that breaks it is refused before its first round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from fedpeft.adapters import AdapterSpec
+from fedpeft.codecs import Codec
+from fedpeft.errors import PlanError
+from fedpeft.merges import Method
+from fedpeft.optimizers import Optimizer
+from fedpeft.stages import Stage, chain
+from fedpeft.strategy import Parts, stage_of
+
+
+class Plan(NamedTuple):
+    """All that the laws look at."""
+
+    stage: Stage
+    codec: Codec
+    method: Method
+    optimizer: Optimizer
+    spec: AdapterSpec
+    ranks: frozenset[int]
+    updates: int
+    controls: bool
+
+
+class Law(NamedTuple):
+    """A reason why a plan cannot run: `broken(plan)` is the sentence, or empty."""
+
+    name: str
+    broken: Callable[[Plan], str]
+
+
+def check(parts: Parts, spec: AdapterSpec, ranks: Iterable[int] = (), updates: int = 1) -> None:
+    """Raises PlanError, naming the two choices that clash, if the plan breaks one of `LAWS`.
+
+    `ranks` are those that nodes may have (0: the server's), `updates` how many a round may come with at least.
+    """
+    plan = Plan(
+        chain(stage_of(parts.method), parts.stage) if _fits(parts.method, spec) else parts.stage,
+        parts.codec,
+        parts.method,
+        parts.optimizer,
+        spec,
+        frozenset(ranks) - {0},
+        updates,
+        parts.controls > 0,
+    )
+    for law in LAWS:
+        reason = law.broken(plan)
+        if reason:
+            raise PlanError(reason)
+
+
+def _fits(method: Method, spec: AdapterSpec) -> bool:
+    return not method.kind or any(module.kind == method.kind for module in spec.modules)
+
+
+def _of_its_kind(plan: Plan) -> str:
+    if _fits(plan.method, plan.spec):
+        return ""
+    return (
+        f"aggregation.merge.rule: expected a rule for adapters of family {plan.spec.family}, found one for "
+        f"{plan.method.kind}; set adapter.family={plan.method.kind}, or choose fedavg."
+    )
+
+
+def _frozen_and_local(plan: Plan) -> str:
+    both = sorted(
+        {key for r in (1, 2) for key in plan.stage.frozen(plan.spec, r)} & set(plan.stage.local(plan.spec, 1))
+    )
+    if not both:
+        return ""
+    return (
+        f"aggregation.stages: expected each tensor either frozen or local, found {both[0]} in both; "
+        "a frozen tensor is not trained, so drop it from one of the two lists."
+    )
+
+
+def _nothing_trained(plan: Plan) -> str:
+    if all(set(plan.stage.frozen(plan.spec, round_)) != set(plan.spec.shapes) for round_ in (1, 2)):
+        return ""
+    return "aggregation.stages.frozen: expected some tensor left to train, found all frozen; shorten the list."
+
+
+def _nothing_shared(plan: Plan) -> str:
+    if all(plan.stage.shared(plan.spec, round_).shapes for round_ in (1, 2)):
+        return ""
+    return (
+        "aggregation.stages: expected some tensor left to share, found every one frozen or local; "
+        "shorten the lists, or train each site alone."
+    )
+
+
+def _whole_modules(plan: Plan) -> str:
+    if not plan.method.merge.whole:
+        return ""
+    kept = {*plan.stage.frozen(plan.spec, 1), *plan.stage.local(plan.spec, 1)}
+    low_rank = [f"{m.path}.{name}" for m in plan.spec.modules if m.rank for name, _ in m.shapes]
+    found = [key for key in low_rank if key in kept]
+    if not found:
+        return ""
+    return (
+        "aggregation.merge.rule: expected both factors of every low-rank module trained and shared, because this rule "
+        f"makes new ones, found {found[0]} frozen or local; choose fedavg, whose mean is exact with one factor frozen."
+    )
+
+
+def _kept_gauge(plan: Plan) -> str:
+    if plan.method.merge.gauge == "kept" or plan.optimizer.plain:
+        return ""
+    return (
+        "aggregation.optimizer: expected sgd with learning_rate 1, because the rule in aggregation.merge chooses new "
+        "factors each round and moments of the old ones mean nothing there, found another; "
+        "choose that, or fedex, which keeps the factors' coordinates and is as exact."
+    )
+
+
+def _control_variates(plan: Plan) -> str:
+    if not plan.controls:
+        return ""
+    if plan.method.merge.gauge != "kept":
+        return (
+            "training.scaffold: expected a rule that keeps the factors' coordinates from round to round, because a "
+            "control variate is a gradient in them, found one that chooses new factors; "
+            "choose fedex, or set training.scaffold=false."
+        )
+    if len(plan.ranks) > 1:
+        return (
+            "training.scaffold: expected one rank for all nodes, because the mean control variate of a row is unknown "
+            f"where some do not hold it, found ranks {', '.join(map(str, sorted(plan.ranks)))}; "
+            "choose equal ranks, or set training.scaffold=false."
+        )
+    return ""
+
+
+def _unlike_ranks(plan: Plan) -> str:
+    if plan.method.merge.mixed or len(plan.ranks) < 2:
+        return ""
+    return (
+        "federation.ranks: expected one rank for all nodes, because the rule in aggregation.merge compares updates "
+        f"number by number, found ranks {', '.join(map(str, sorted(plan.ranks)))}; "
+        'choose equal ranks, or judge products (space = "products").'
+    )
+
+
+def _capped(plan: Plan) -> str:
+    cap = max((module.rank for module in plan.spec.modules), default=0)
+    above = sorted(rank for rank in plan.ranks if rank > cap)
+    if not above:
+        return ""
+    return (
+        f"federation.ranks: expected ranks of at most {cap}, the server's, found {above[-1]}; "
+        f"raise adapter.{plan.spec.family}.rank to {above[-1]} or lower the rank."
+    )
+
+
+def _enough_updates(plan: Plan) -> str:
+    if plan.updates >= plan.method.merge.least:
+        return ""
+    return (
+        f"federation.quorum: expected at least {plan.method.merge.least} updates in every round, with fewer of which "
+        f"the rule in aggregation.merge cannot tell a liar, found {plan.updates}; raise quorum and cohort."
+    )
+
+
+LAWS = (
+    Law("the rule is for this kind of adapter", _of_its_kind),
+    Law("a tensor is frozen or local, never both", _frozen_and_local),
+    Law("something is trained", _nothing_trained),
+    Law("something is shared", _nothing_shared),
+    Law("a rule that makes new factors needs both of them", _whole_modules),
+    Law("a rule that makes new factors goes with no optimiser that remembers", _kept_gauge),
+    Law("control variates go with a rule that keeps coordinates", _control_variates),
+    Law("a rule that compares numbers goes with equal ranks", _unlike_ranks),
+    Law("no node's rank is above the server's", _capped),
+    Law("a robust rule sees enough updates to fire", _enough_updates),
+)
+"""Every reason why a plan is refused before its first round."""

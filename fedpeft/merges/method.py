@@ -1,0 +1,40 @@
+"""What a published method is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedpeft.merges.merge import Merge
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How a node lowers its own rank.
+
+    The rows and columns past `keep` times its rank are penalised in training, by `penalty` times the product of
+    their norms; if that product came out smaller than it was, they are dropped for good.
+
+    Source: HetLoRA, Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation
+    Models", section 4.1 (rank self-pruning).
+    """
+
+    keep: float
+    penalty: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge, and what of a low-rank module is trained and shared with it.
+
+    `frozen` and `local` are patterns of tensors that are not trained, and that stay with their site; of the two
+    `alternating` ones the first is trained in odd rounds, the second in even ones. `kind` is the only kind of
+    low-rank module that the method is for (empty: any). `budget` bounds the rank of the residual (0: no bound).
+    """
+
+    merge: Merge
+    frozen: tuple[str, ...] = ()
+    local: tuple[str, ...] = ()
+    alternating: tuple[str, ...] = ()
+    pruning: Pruning | None = None
+    kind: str = ""
+    budget: int = 0

@@ -1,0 +1,228 @@
+"""What goes down to a node: as much of the adapter, of the residual and of the control variate as it lacks.
+
+A node of smaller rank is sent the leading rows and columns. What never changes, and what stays with the node, is
+sent once; of the residual beside the base, only the columns since it was last heard of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedpeft import residuals
+from fedpeft.adapters import AdapterSpec, AdapterState, Tensors, at_rank, greatest_rank, resized
+from fedpeft.codecs import dense
+from fedpeft.errors import PacketError, sentence
+from fedpeft.residuals import Ranks
+from fedpeft.strategy import Strategy
+from fedpeft.updates import Memory, ServerState
+from fedpeft.wire import Packet, Scalar, Session
+
+CONSTANT, RESIDUAL = "constant/", "residual/"
+"""What a memory's keys begin with where it keeps tensors that never change, and the residual."""
+
+_EXACT = dense()
+"""The residual is part of the base, and no codec may change that."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """What a client has after reading a request: the adapter at its rank, the control variate, and its memory."""
+
+    adapter: AdapterState
+    control: Tensors
+    memory: Memory
+
+
+def fit_request(strategy: Strategy, state: ServerState, session: Session, partition: int, rank: int = 0) -> Packet:
+    """The packet that asks a client of rank `rank` (0: the server's) to train from `state` in the round after it."""
+    return _request("fit", session.manifest(state.round + 1), strategy, state, partition, rank)
+
+
+def evaluate_request(strategy: Strategy, state: ServerState, session: Session, partition: int, rank: int = 0) -> Packet:
+    """The packet that asks a client to score `state`'s adapter, at its rank, on its own rows."""
+    return _request("evaluate", session.manifest(state.round), strategy, state, partition, rank)
+
+
+def describe_request(state: ServerState, session: Session) -> Packet:
+    """The packet that asks a node for its rank and its memory before the round after `state`."""
+    return Packet("describe", session.manifest(state.round + 1))
+
+
+def read_request(packet: Packet, strategy: Strategy, spec: AdapterSpec, memory: Memory) -> Received:
+    """What a fit or evaluate request brings, joined with what the client has; `spec` is at the server's rank.
+
+    Raises:
+        PacketError: the request counts on something that the client does not have, or is malformed.
+        AdapterError: numbers that are not finite.
+    """
+    own = at_rank(spec, _rank(packet, spec))
+    known = packet.manifest.get("known") is True
+    travelling = _travelling(strategy, own, known=known)
+    start, end = (_ranks(packet, key) for key in ("residual.from", "residual.to"))
+    columns = residuals.specification(spec, _less(end, start)) if end else None
+    control = strategy.stage.shared(own, int(packet.manifest["round"])) if strategy.controls else None
+    body, place = packet.body, f"{packet.kind} request"
+    sizes = [strategy.codec.size(travelling), *(_EXACT.size(part) for part in (columns, control) if part)]
+    if sum(sizes) != len(body):
+        raise PacketError(
+            sentence(place, expected=f"{sum(sizes)} bytes", found=len(body), remedy="use the same adapter settings")
+        )
+    tensors = strategy.codec.decode(body[: sizes[0]], travelling)
+    travelling.require(tensors, place)
+    residual, at = {}, sizes[0]
+    if columns:
+        more = _EXACT.decode(body[at : at + _EXACT.size(columns)], columns)
+        columns.require(more, f"{place}, residual")
+        residual = residuals.joined(_held(packet, memory, start), start, more)
+        at += _EXACT.size(columns)
+    variate = _EXACT.decode(body[at:], control) if control else {}
+    kept = _remembered(strategy, own, tensors, memory, known=known)
+    adapter = {**tensors, **_constants(strategy, own, kept, place, known=known)}
+    adapter |= _own(strategy, own, kept, int(packet.manifest["round"]))
+    if columns:
+        field = {"epoch": int(packet.manifest["residual.epoch"]), "ranks": list(end)}
+        kept = Memory(
+            {**_without(kept.tensors, RESIDUAL), **{f"{RESIDUAL}{key}": value for key, value in residual.items()}},
+            {**kept.fields, "residual": field},
+        )
+    own.require(adapter, place)
+    return Received(AdapterState(own, adapter, residual), variate, kept)
+
+
+def _request(
+    kind: str, manifest: Mapping[str, Scalar], strategy: Strategy, state: ServerState, partition: int, rank: int
+) -> Packet:
+    spec = at_rank(state.adapter.spec, rank)
+    holding = state.holdings.get(partition)
+    known = holding is not None and holding.rank >= greatest_rank(spec)
+    travelling = _travelling(strategy, spec, known=known)
+    body = [strategy.codec.encode(resized(state.adapter.tensors, travelling), travelling)]
+    fields: dict[str, Scalar] = {**manifest, "rank": greatest_rank(spec), "known": known}
+    if state.adapter.residual:
+        end = residuals.ranks_of(state.adapter.residual)
+        start = state.drift.ranks.get(holding.round, ()) if holding else ()
+        start = start or (0,) * len(end)
+        columns = residuals.specification(state.adapter.spec, _less(end, start))
+        body.append(_EXACT.encode(residuals.after(state.adapter.residual, start), columns))
+        fields |= {"residual.from": _text(start), "residual.to": _text(end)}
+        fields["residual.epoch"] = state.drift.epoch
+    if strategy.controls:
+        shared = strategy.stage.shared(spec, int(manifest["round"]))
+        body.append(_EXACT.encode(resized(state.control, shared), shared))
+    return Packet(kind, fields, b"".join(body))
+
+
+def _travelling(strategy: Strategy, spec: AdapterSpec, *, known: bool) -> AdapterSpec:
+    """What of the adapter goes down: all of it to a node that is not known to have anything."""
+    if not known:
+        return spec
+    kept = {*strategy.stage.constant(spec), *strategy.stage.local(spec, 1)}
+    return spec.only(key for key in spec.shapes if key not in kept)
+
+
+def _remembered(strategy: Strategy, spec: AdapterSpec, tensors: Tensors, memory: Memory, *, known: bool) -> Memory:
+    """The memory with what never changes, where the request brought it."""
+    if known:
+        return memory
+    constants = {f"{CONSTANT}{key}": tensors[key] for key in strategy.stage.constant(spec)}
+    return Memory({**memory.tensors, **constants}, memory.fields)
+
+
+def _constants(strategy: Strategy, spec: AdapterSpec, memory: Memory, place: str, *, known: bool) -> Tensors:
+    """What never changes, out of the memory, where the request counts on it."""
+    if not known:
+        return {}
+    wanted = spec.only((*strategy.stage.constant(spec), *strategy.stage.local(spec, 1)))
+    held = {key: memory.tensors.get(f"{CONSTANT}{key}", memory.tensors.get(key)) for key in wanted.shapes}
+    found = {key: value for key, value in held.items() if value is not None}
+    if len(found) < len(held):
+        lost = next(key for key, value in held.items() if value is None)
+        raise PacketError(
+            sentence(place, expected=f"{lost} in this node's memory", found="none", remedy="ask again; it will be sent")
+        )
+    return resized(found, wanted)
+
+
+def _own(strategy: Strategy, spec: AdapterSpec, memory: Memory, round_: int) -> Tensors:
+    """The tensors that are this client's own, at the rank it has now."""
+    mine = spec.only(key for key in strategy.stage.local(spec, round_) if key in memory.tensors)
+    return resized(memory.tensors, mine)
+
+
+def _held(packet: Packet, memory: Memory, start: Ranks) -> Tensors:
+    """The residual as far as the client has it.
+
+    Raises:
+        PacketError: the request counts on more columns than there are.
+    """
+    fields = memory.fields.get("residual", {})
+    ranks, epoch = tuple(fields.get("ranks", ())), packet.manifest.get("residual.epoch")
+    enough = len(ranks) == len(start) and all(have >= want for have, want in zip(ranks, start, strict=True))
+    if any(start) and not (enough and fields.get("epoch") == epoch):
+        raise PacketError(
+            sentence(
+                f"{packet.kind} request, residual",
+                expected=f"ranks {_text(start)[:60]} of epoch {epoch} in this node's memory",
+                found=f"{_text(ranks)[:60] or 'none'} of epoch {fields.get('epoch')}",
+                remedy="ask again; all of it will be sent",
+            )
+        )
+    found = {key.removeprefix(RESIDUAL): value for key, value in memory.tensors.items() if key.startswith(RESIDUAL)}
+    return found
+
+
+def _without(tensors: Tensors, prefix: str) -> Tensors:
+    return {key: value for key, value in tensors.items() if not key.startswith(prefix)}
+
+
+def _rank(packet: Packet, spec: AdapterSpec) -> int:
+    rank, most = packet.manifest.get("rank", 0), greatest_rank(spec)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not min(1, most) <= rank <= most:
+        raise PacketError(
+            sentence(
+                f"{packet.kind} request, rank",
+                expected=f"an integer from {min(1, most)} to {most}",
+                found=repr(rank),
+                remedy="use the same adapter settings on both sides",
+            )
+        )
+    return rank
+
+
+def _ranks(packet: Packet, key: str) -> Ranks:
+    text = packet.manifest.get(key, "")
+    try:
+        return tuple(int(item) for item in str(text).split(",") if item)
+    except ValueError as error:
+        raise PacketError(
+            sentence(
+                f"{packet.kind} request, {key}",
+                expected="integers with commas between",
+                found=repr(text)[:80],
+                remedy="run the same version on both sides",
+            )
+        ) from error
+
+
+def _less(end: Ranks, start: Ranks) -> Ranks:
+    """How many columns each module is sent.
+
+    Raises:
+        PacketError: the two do not go together.
+    """
+    begun = start or (0,) * len(end)
+    if len(begun) != len(end) or any(low < 0 or high < low for low, high in zip(begun, end, strict=True)):
+        raise PacketError(
+            sentence(
+                "request, residual",
+                expected="ranks from and to of the same modules",
+                found=f"{_text(start)[:60]} and {_text(end)[:60]}",
+                remedy="run the same version on both sides",
+            )
+        )
+    return tuple(high - low for low, high in zip(begun, end, strict=True))
+
+
+def _text(ranks: Ranks) -> str:
+    return ",".join(map(str, ranks))

@@ -1,0 +1,1 @@
+"""What happens where sites can hold adapters of unlike rank only."""

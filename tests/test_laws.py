@@ -1,0 +1,219 @@
+"""What may go with what: each law by a plan that breaks it and by the nearest that keeps it."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedpeft import ranks
+from fedpeft.adapters import AdapterSpec, AdapterState, ModuleSpec, at_rank, greatest_rank
+from fedpeft.config.merges import MERGES
+from fedpeft.errors import PlanError
+from fedpeft.laws import LAWS, check
+from fedpeft.merges import rule
+from fedpeft.optimizers import momentum, sgd
+from fedpeft.stages import Stage, alternate, chain, freeze, identity, keep_local
+from fedpeft.strategy import Parts, build
+from fedpeft.updates import Update
+from tests.toys import SPEC, WIDE, parts
+
+IA3 = AdapterSpec("base", "ia3", (ModuleSpec("layer", "ia3", 0, 1.0, (("l", (3,)),)),))
+SQUARE = AdapterSpec(
+    "base",
+    "lora_sb",
+    (
+        ModuleSpec("head", "full", 0, 1.0, (("weight", (1,)),)),
+        ModuleSpec("layer", "lora_sb", 2, 1.0, (("A", (2, 3)), ("B", (3, 2)), ("R", (2, 2)))),
+    ),
+)
+FREE = rule("examples", gauge="free")
+
+
+def made(stage: Stage | None = None, *, controls: int = 0, rate: float = 1.0, **method: Any) -> Parts:
+    return replace(parts(stage, rate, **method), controls=controls)
+
+
+def preset(name: str, stage: Stage | None = None, *, controls: int = 0, **settings: Any) -> Parts:
+    method = MERGES.members[name](**settings).build()
+    return replace(parts(stage), method=method, controls=controls)
+
+
+BROKEN: list[tuple[Parts, dict[str, Any], str, str]] = [
+    (preset("flora"), {"spec": IA3}, "the rule is for this kind of adapter", "found one for lora"),
+    (preset("fed_sb"), {"spec": WIDE}, "the rule is for this kind of adapter", "set adapter.family=lora_sb"),
+    (preset("ffa_lora"), {"spec": SQUARE}, "the rule is for this kind of adapter", "for adapters of family lora_sb"),
+    (
+        made(chain(freeze(["layer.A"]), keep_local(["layer.*"]))),
+        {},
+        "a tensor is frozen or local, never both",
+        "found layer.A in both",
+    ),
+    (
+        made(chain(alternate(["*.A"], ["*.B"]), keep_local(["layer.B"]))),
+        {},
+        "a tensor is frozen or local, never both",
+        "found layer.B in both",
+    ),
+    (preset("fedsa_lora", freeze(["*.B"])), {}, "a tensor is frozen or local, never both", "found layer.B in both"),
+    (made(freeze(["*"])), {}, "something is trained", "found all frozen"),
+    (made(alternate(["head.*"], ["*"])), {}, "something is trained", "found all frozen"),
+    (preset("ffa_lora", freeze(["head.*", "*.B"])), {}, "something is trained", "found all frozen"),
+    (made(chain(freeze(["head.*"]), keep_local(["layer.*"]))), {}, "something is shared", "every one frozen or local"),
+    (made(keep_local(["*"])), {}, "something is shared", "every one frozen or local"),
+    (preset("fedsa_lora", freeze(["head.*", "*.A"])), {}, "something is shared", "every one frozen or local"),
+    (
+        made(chain(alternate(["*.A", "head.*"], ["*.B"]), keep_local(["layer.B"]))),
+        {},
+        "a tensor is frozen or local, never both",
+        "layer.B",
+    ),
+    *(
+        (preset(name, stage), {}, "a rule that makes new factors needs both of them", "found layer.A frozen or local")
+        for name in ("flora", "fedex", "flexlora", "lora_fair", "krum")
+        for stage in (freeze(["*.A"]), keep_local(["*.A"]))
+    ),
+    *(
+        (
+            replace(preset(name), optimizer=optimizer),
+            {},
+            "a rule that makes new factors goes with no optimiser that remembers",
+            "aggregation.optimizer: expected sgd with learning_rate 1",
+        )
+        for name in ("flora", "flexlora")
+        for optimizer in (sgd(0.5), momentum(1.0, 0.9, "sum"))
+    ),
+    (
+        made(merge=FREE, controls=3),
+        {},
+        "control variates go with a rule that keeps coordinates",
+        "training.scaffold: expected a rule that keeps",
+    ),
+    (
+        made(controls=3),
+        {"spec": WIDE, "ranks": (1, 4)},
+        "control variates go with a rule that keeps coordinates",
+        "found ranks 1, 4",
+    ),
+    (
+        preset("hetlora", controls=3),
+        {"spec": WIDE},
+        "control variates go with a rule that keeps coordinates",
+        "training.scaffold: expected",
+    ),
+    (
+        preset("median"),
+        {"spec": WIDE, "ranks": (2, 4)},
+        "a rule that compares numbers goes with equal ranks",
+        "found ranks 2, 4",
+    ),
+    (
+        preset("krum", space="factors"),
+        {"spec": WIDE, "ranks": (2, 4), "updates": 9},
+        "a rule that compares numbers goes with equal ranks",
+        r'judge products \(space = "products"\)',
+    ),
+    (
+        preset("median"),
+        {"spec": WIDE, "ranks": ranks.declared(4).possible},
+        "a rule that compares numbers goes with equal ranks",
+        "choose equal ranks",
+    ),
+    (made(), {"spec": WIDE, "ranks": (2, 5, 9)}, "no node's rank is above the server's", "of at most 4, .* found 9"),
+    (made(), {"spec": IA3, "ranks": (2,)}, "no node's rank is above the server's", "of at most 0, .* found 2"),
+    (
+        preset("krum"),
+        {"updates": 4},
+        "a robust rule sees enough updates to fire",
+        "federation.quorum: expected at least 5 updates in every round, .* found 4",
+    ),
+    (preset("trimmed_mean", trimmed=2), {"updates": 4}, "a robust rule sees enough updates to fire", "at least 5"),
+]
+
+
+@pytest.mark.parametrize(("plan", "more", "law", "words"), BROKEN)
+def test_a_plan_that_breaks_a_law_is_refused(plan: Parts, more: dict[str, Any], law: str, words: str) -> None:
+    settings = {"spec": SPEC, "updates": 1, **more}
+    with pytest.raises(PlanError, match=words) as caught:
+        check(plan, **settings)
+    assert re.fullmatch(r"[a-z]+\.[a-z_.]+: expected .*, found .*; .*\.", str(caught.value))
+    assert law in {one.name for one in LAWS}
+
+
+def test_every_law_has_a_plan_that_breaks_it() -> None:
+    assert {law for _, _, law, _ in BROKEN} == {law.name for law in LAWS}
+
+
+@pytest.mark.parametrize(("plan", "more", "law", "words"), BROKEN)
+def test_the_law_that_a_plan_breaks_is_the_one_that_says_so(
+    plan: Parts, more: dict[str, Any], law: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedpeft.laws.LAWS", tuple(one for one in LAWS if one.name == law))
+    with pytest.raises(PlanError, match=words):
+        check(plan, **{"spec": SPEC, "updates": 1, **more})
+
+
+@pytest.mark.parametrize(
+    ("plan", "more"),
+    [
+        (made(chain(freeze(["head.*"]), keep_local(["*.A"]))), {}),
+        (made(alternate(["*.A"], ["*.B"])), {}),
+        (made(merge=FREE), {}),
+        (made(controls=3), {"spec": WIDE, "ranks": (2,)}),
+        (made(controls=3), {"spec": WIDE, "ranks": (0,)}),
+        (replace(preset("fedex"), optimizer=momentum(1.0, 0.9, "sum")), {}),
+        (preset("flora", freeze(["head.*"])), {}),
+        (preset("fedsa_lora", keep_local(["head.*"])), {}),
+        (preset("ffa_lora"), {"spec": WIDE, "ranks": (1, 2, 4)}),
+        (preset("fed_sb"), {"spec": SQUARE, "ranks": (1, 2)}),
+        (preset("median"), {"spec": WIDE, "ranks": (0, 2, 2)}),
+        (preset("krum"), {"spec": WIDE, "ranks": (2, 4), "updates": 5}),
+        (preset("trimmed_mean"), {"updates": 3}),
+        (made(), {"spec": WIDE, "ranks": (4, 0)}),
+        (made(), {"spec": IA3}),
+        (preset("median"), {"spec": IA3, "ranks": (0,)}),
+    ],
+)
+def test_a_sound_plan_passes(plan: Parts, more: dict[str, Any]) -> None:
+    check(plan, **{"spec": SPEC, **more})
+
+
+@pytest.mark.parametrize("name", sorted(MERGES.members))
+def test_every_preset_passes_with_its_defaults(name: str) -> None:
+    spec = SQUARE if preset(name).method.kind == "lora_sb" else WIDE
+    check(preset(name), spec, (), 7)
+
+
+@pytest.mark.parametrize("default", [1, 2, 4])
+def test_nodes_may_declare_their_ranks_under_a_server_of_any(default: int) -> None:
+    check(made(identity()), at_rank(WIDE, default), ranks.declared(default).possible)
+
+
+@pytest.mark.parametrize("given", [(0,), (4,), (2,), (1, 2, 4)])
+@pytest.mark.parametrize("name", sorted(MERGES.members))
+def test_a_plan_that_passes_can_be_carried_out(name: str, given: tuple[int, ...]) -> None:
+    """Seven updates at the ranks that nodes may have, drawn at random, over two rounds."""
+    plan = preset(name)
+    spec = SQUARE if plan.method.kind == "lora_sb" else WIDE
+    try:
+        check(plan, spec, given, 7)
+    except PlanError:
+        assert len(given) > 1 or given[0] not in (0, greatest_rank(spec))
+        return
+    built, random = build(plan), np.random.default_rng(0)
+    tensors = {key: random.standard_normal(shape).astype(np.float32) for key, shape in spec.shapes.items()}
+    held = built.init("r", 0, AdapterState(spec, tensors))
+    for round_ in (1, 2):
+        updates = []
+        for at in range(7):
+            own = built.stage.shared(at_rank(spec, given[at % len(given)]), round_)
+            delta = {key: random.standard_normal(shape).astype(np.float32) for key, shape in own.shapes.items()}
+            updates.append(Update(own, delta, at + 1, 1))
+        held, figures = built.aggregate(held, updates)
+        spec.require(held.adapter.tensors, "adapter")
+        assert held.round == round_
+        assert math.isfinite(figures["update_norm"])  # type: ignore[arg-type]
