@@ -240,6 +240,7 @@ def _install(base: nn.Module, family: Family, source: str) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
             model: nn.Module = peft.get_peft_model(base, peft.get_peft_config(arguments))
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(

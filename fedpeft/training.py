@@ -212,7 +212,7 @@ def fit_memory_bytes(learner: TorchLearner) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would keep the graph, and so its shapes, alive
 
     adapted.model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _autocast(adapted):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+from fedpeft.adapters import AdapterSpec, ModuleSpec
 from fedpeft.cli import main
 from fedpeft.commands.check import traffic
 from fedpeft.experiment import adapted_model
@@ -251,9 +252,32 @@ def test_a_check_tells_what_each_rank_sends_and_what_the_rule_adds(
     assert ("the base takes up" in told) == ("the base takes up" in rows)
 
 
-@pytest.mark.parametrize("rule", ["fedavg", "ffa_lora", "rolora", "fedsa_lora", "flora"])
-def test_a_check_agrees_with_what_a_run_sends(rule: str, tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> None:
-    ranks = {"rule": "listed", "listed": {"ranks": [1, 2, 3]}}
+def test_a_check_of_a_rule_that_alternates_tells_both_rounds(tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> None:
+    config = tiny.run_config(tiny_model, tiny_rows, tmp_path, aggregation={"merge": {"rule": "rolora"}}, seed=11)
+    module = ModuleSpec("q", "lora", 3, 1.0, (("A", (3, 10)), ("B", (6, 3))))
+    told = dict(traffic(config, AdapterSpec("base", "lora", (module,))))
+    # A is 30 numbers, B 18: down go both, 192 B; up B, 72 B, or A, 120 B; 2 clients, 4 rounds.
+    assert told["a client receives"] == "192 B a round"
+    assert told["a client sends"] == "72 B in odd rounds, 120 B in even ones"
+    assert told["a round moves"] == "576 B over 2 clients"
+    assert told["the run moves"] == "2.30 kB over 4 rounds"
+
+
+@pytest.mark.parametrize(
+    ("rule", "scaffold"),
+    [
+        ("fedavg", False),
+        ("fedavg", True),
+        ("ffa_lora", False),
+        ("rolora", False),
+        ("fedsa_lora", False),
+        ("flora", False),
+    ],
+)
+def test_a_check_agrees_with_what_a_run_sends(
+    rule: str, scaffold: bool, tiny_model: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    ranks = {"rule": "equal" if scaffold else "listed", "listed": {"ranks": [1, 2, 3]}}
     config = tiny.run_config(
         tiny_model,
         tiny_rows,
@@ -262,6 +286,7 @@ def test_a_check_agrees_with_what_a_run_sends(rule: str, tiny_model: Path, tiny_
         federation={"clients": 3, "cohort": 3, "ranks": ranks},
         aggregation={"merge": {"rule": rule}},
         evaluation={"every": 0},
+        training={"scaffold": scaffold},
     )
     told = dict(traffic(config, adapted_model(config).spec))
     folder = folder_for(config)
@@ -275,7 +300,8 @@ def test_a_check_agrees_with_what_a_run_sends(rule: str, tiny_model: Path, tiny_
     else:
         assert residual == 0
         total = sum(sum(sizes.values()) for sizes in (*counted.down, *counted.up))
-        assert told["the run moves"] == f"about {human_bytes(total)} over 4 rounds"
+        about = "" if scaffold else "about "
+        assert told["the run moves"] == f"{about}{human_bytes(total)} over 4 rounds"
 
 
 def test_a_new_project_is_a_flower_app_that_checks(fedpeft: Command, tmp_path: Path) -> None:

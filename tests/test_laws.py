@@ -170,7 +170,7 @@ def test_the_law_that_a_plan_breaks_is_the_one_that_says_so(
         (preset("fedsa_lora", keep_local(["head.*"])), {}),
         (preset("ffa_lora"), {"spec": WIDE, "ranks": (1, 2, 4)}),
         (preset("fed_sb"), {"spec": SQUARE, "ranks": (1, 2)}),
-        (preset("median"), {"spec": WIDE, "ranks": (0, 2, 2)}),
+        (preset("median"), {"spec": WIDE, "ranks": (0, 4, 4)}),
         (preset("krum"), {"spec": WIDE, "ranks": (2, 4), "updates": 5}),
         (preset("trimmed_mean"), {"updates": 3}),
         (made(), {"spec": WIDE, "ranks": (4, 0)}),

@@ -162,12 +162,12 @@ def test_a_node_that_pruned_itself_answers_at_a_lower_rank_than_asked(rank: int)
 def test_a_rank_above_the_one_asked_or_none_at_all_is_refused(rank: object) -> None:
     packet = wide(2, 2)
     packet = Packet("update", {**packet.manifest, "rank": rank}, packet.body)  # type: ignore[dict-item]
-    with pytest.raises(PacketError, match="partition 0, rank: expected an integer from 1 to 3, found"):
+    with pytest.raises(PacketError, match=r"partition 0, rank: expected an integer from \d to 3, found"):
         read_update(packet, strategy(), at_rank(WIDE, 3), EXPECTED)
 
 
 def test_an_update_without_its_rank_is_refused() -> None:
-    with pytest.raises(PacketError, match=r"partition 0, rank: expected an integer from 1 to 2, found None"):
+    with pytest.raises(PacketError, match=r"partition 0, rank: expected an integer from \d to 2, found None"):
         read_update(Packet("update", {**EXPECTED, "examples": 1, "tokens": 1}), strategy(), at_rank(WIDE, 2), EXPECTED)
 
 

@@ -61,11 +61,12 @@ def costs(config: RunConfig) -> Table:
     check_plan(config, adapted)
     dealt = deal_rows(config)
     base, exchanges = adapted.base_parameters, config.rounds * config.federation.cohort
-    share = adapted.spec.parameters / base
+    trained = strategy_of(config).stage.trained(adapted.spec).parameters
+    share = trained / base
     fit_bytes = fit_memory_bytes(learner_of(config, test_examples(config)))
     rows = (
         ("base model", f"{human_count(base)} parameters, {human_bytes(4 * base)} in float32"),
-        ("trained", f"{human_count(adapted.spec.parameters)} parameters ({share:.2%} of the base)"),
+        ("trained", f"{human_count(trained)} parameters ({share:.2%} of the base)"),
         *traffic(config, adapted.spec),
         ("the full model would move", human_bytes(8 * base * exchanges)),
         (

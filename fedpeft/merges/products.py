@@ -25,6 +25,9 @@ GRAM_FROM = 512
 _ROWS = 512
 """How many rows of a product are formed at a time."""
 
+_GRAM_NOISE = 1e-7
+"""Singular values from Gram matrices are not known below this, over the greatest (the root of float64's precision)."""
+
 _LEAST_PIVOT = 1e-5
 """The least pivot of a Cholesky factor, over the greatest, with which singular values keep six digits."""
 
@@ -92,19 +95,18 @@ def singular_values(product: Factors) -> np.ndarray:
         return singular_values(_transposed(product))
     if whitened := _whitened(product):
         squares = scipy.linalg.eigvalsh(whitened.middle, overwrite_a=True, check_finite=False)
-        return np.asarray(np.sqrt(np.maximum(squares[::-1], 0.0)))
+        return np.asarray(np.sqrt(np.maximum(squares[::-1], 0.0)))[: min(product.shape)]
     left, right = _triangles(product)
     return np.asarray(np.linalg.svd(left @ right.T, compute_uv=False))
 
 
 def spectrum(product: Factors, rank: int) -> Spectrum:
     """The spectrum of the product, with what an approximation at `rank` leaves out."""
-    squares = singular_values(product) ** 2
-    return _spectrum(float(squares.sum()), float(squares @ squares), float(squares[rank:].sum()))
+    return _spectrum(singular_values(product) ** 2, rank)
 
 
 def truncate(product: Factors, rank: int) -> Truncated:
-    """The product at rank `rank` or less, nearest in the Frobenius norm.
+    """The product at rank `rank` or less, nearest in the Frobenius norm; its singular vectors have settled signs.
 
     Source: Eckart and Young 1936.
     """
@@ -112,15 +114,30 @@ def truncate(product: Factors, rank: int) -> Truncated:
         nearest = truncate(_transposed(product), rank)
         return nearest._replace(factors=_transposed(nearest.factors))
     keep = min(rank, product.rank, *product.shape)
+    if keep == 0:
+        return Truncated(Factors(product.b[:, :0], product.a[:0]), spectrum(product, 0))
     whitened = _whitened(product)
-    return _by_gram(product, whitened, keep) if whitened else _by_qr(product, keep)
+    nearest = _by_gram(product, whitened, keep) if whitened else _by_qr(product, keep)
+    return nearest._replace(factors=_signed(nearest.factors))
 
 
 def trimmed(product: Factors, tolerance: float = 1e-12) -> Factors:
-    """The product at the rank that it needs: singular values below `tolerance` times the greatest are dropped."""
-    values = singular_values(product)
-    needed = int(np.count_nonzero(values > tolerance * max(values[0], 0.0))) if values.size else 0
+    """The product at the rank that it needs: singular values below `tolerance` times the greatest are dropped.
+
+    From Gram matrices none below about 1e-7 can be told from rounding, so those are dropped there.
+    """
+    values, least = singular_values(product), tolerance if product.rank < GRAM_FROM else max(tolerance, _GRAM_NOISE)
+    needed = int(np.count_nonzero(values > least * max(values[0], 0.0))) if values.size else 0
     return product if needed == product.rank else truncate(product, needed).factors
+
+
+def _signed(product: Factors) -> Factors:
+    """The same product with the greatest number of each column of B above 0, so that no sign is left to chance."""
+    if not product.rank:
+        return product
+    greatest = product.b[np.argmax(np.abs(product.b), axis=0), np.arange(product.rank)]
+    signs = np.where(greatest < 0, -1.0, 1.0)
+    return Factors(product.b * signs, signs[:, None] * product.a)
 
 
 def _by_qr(product: Factors, keep: int) -> Truncated:
@@ -129,17 +146,21 @@ def _by_qr(product: Factors, keep: int) -> Truncated:
     u, values, vt = np.linalg.svd(left @ right.T, full_matrices=False)
     root = np.sqrt(values[:keep])
     factors = Factors((q_left @ u[:, :keep]) * root, root[:, None] * (vt[:keep] @ q_right.T))
-    squares = values**2
-    return Truncated(factors, _spectrum(float(squares.sum()), float(squares @ squares), float(squares[keep:].sum())))
+    return Truncated(factors, _spectrum(values**2, keep))
 
 
-def _spectrum(squares: float, fourths: float, dropped: float) -> Spectrum:
-    """From Σ σ², Σ σ⁴ and the Σ σ² of what is dropped."""
+def _spectrum(squares: np.ndarray, rank: int) -> Spectrum:
+    """From σ², greatest first."""
+    total = float(squares.sum())
+    shares = squares / total if total > 0 else squares
     return Spectrum(
-        float(np.sqrt(max(0.0, squares))),
-        float(np.sqrt(max(0.0, dropped))),
-        squares**2 / fourths if fourths > 0 else float("nan"),
+        float(np.sqrt(total)), float(np.sqrt(squares[rank:].sum())), _effective_rank(float(shares @ shares))
     )
+
+
+def _effective_rank(fourths: float) -> float:
+    """From Σ σ⁴ / (Σ σ²)²."""
+    return 1.0 / fourths if fourths > 0 else float("nan")
 
 
 class _Whitened(NamedTuple):
@@ -178,7 +199,7 @@ def _gram(a: np.ndarray) -> np.ndarray:
 def _by_gram(product: Factors, whitened: _Whitened, keep: int) -> Truncated:
     """T = (B L)(L⁻¹ A), whose second factor is orthonormal: T's singular values and left vectors are those of B L."""
     lower, middle = whitened
-    energy, fourths, size = float(np.trace(middle)), float(np.linalg.norm(middle)) ** 2, middle.shape[0]
+    total, length, size = float(np.trace(middle)), float(np.linalg.norm(middle)), middle.shape[0]
     squares, v = scipy.linalg.eigh(
         middle, subset_by_index=(size - keep, size - 1), driver="evr", overwrite_a=True, check_finite=False
     )
@@ -191,7 +212,9 @@ def _by_gram(product: Factors, whitened: _Whitened, keep: int) -> Truncated:
         left = lower @ v
         right = scipy.linalg.solve_triangular(lower, v, lower=True, trans="T", check_finite=False).T @ product.a
     factors = Factors((product.b @ left) * over, root[:, None] * right)
-    return Truncated(factors, _spectrum(energy, fourths, energy - float(squares.sum())))
+    dropped = max(0.0, total - float(squares.sum()))
+    effective = _effective_rank((length / total) ** 2 if total > 0 else 0.0)
+    return Truncated(factors, Spectrum(float(np.sqrt(max(0.0, total))), float(np.sqrt(dropped)), effective))
 
 
 def _stands_left(product: Factors) -> bool:

@@ -98,8 +98,9 @@ def with_residual(rank: int) -> Project:
 def corrected(strength: float) -> Project:
     """The mean of A, and B̄ moved toward the exact mean T: min over Δ of ‖T − (B̄ + Δ) Ā‖² + λ‖Δ‖².
 
-    Δ = (T − B̄ Ā) Āᵀ (Ā Āᵀ + λ I)⁻¹, with λ = `strength` times the mean of the diagonal of Ā Āᵀ, so that the gauge
-    of Ā does not matter. The paper seeks Δ by gradient descent on a cosine distance; this is its least-squares form.
+    Δ = (T − B̄ Ā) Āᵀ (Ā Āᵀ + λ I)⁻¹, with λ = `strength` times the mean squared norm of a row of A, before the round
+    or after, whichever is greater: so the gauge does not matter, and clients whose A cancel do not blow up B. The
+    paper seeks Δ by gradient descent on a cosine distance; this is its least-squares form.
 
     Source: LoRA-FAIR, Bian et al. 2024, "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and
     Initialization Refinement", eq. 9.
@@ -112,7 +113,9 @@ def corrected(strength: float) -> Project:
             exact = gathered.exact[module.path]
             missed = exact.b @ (exact.a @ a.T) - b @ (a @ a.T)
             gram = a @ a.T
-            ridge = strength * max(float(np.trace(gram)) / len(gram), float(np.finfo(np.float64).tiny))
+            before = factors(module, gathered.state.adapter.tensors).a
+            size = max(float(np.trace(gram)), float(np.vdot(before, before))) / len(gram)
+            ridge = strength * max(size, float(np.finfo(np.float64).tiny))
             step = np.linalg.solve(gram + ridge * np.eye(len(gram)), missed.T).T
             delta |= _moves(gathered, module, Factors(b + step, a))
         return Projected(delta)

@@ -342,7 +342,8 @@ def fair(found: Round) -> Dense:
     tensors, exact, result = factor_mean(found, everyone(found), "zero"), found.exact(), {}
     for path in found.paths:
         a, b = tensors[f"{path}.A"], tensors[f"{path}.B"]
-        ridge = 0.01 * np.trace(a @ a.T) / len(a)
+        before = found.state.adapter.tensors[f"{path}.A"].astype(np.float64)
+        ridge = 0.01 * max(np.sum(a**2), np.sum(before**2)) / len(a)
         left = np.vstack([a.T, np.sqrt(ridge) * np.eye(len(a))])
         right = np.vstack([(exact[path] - b @ a).T, np.zeros((len(a), len(b)))])
         result[path] = (b + np.linalg.lstsq(left, right, rcond=None)[0].T) @ a

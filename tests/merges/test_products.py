@@ -126,6 +126,15 @@ def test_the_effective_rank_by_hand() -> None:
     assert products.spectrum(Factors(np.diag([2.0, 1.0]), np.eye(2)), 1) == pytest.approx((math.sqrt(5), 1.0, 25 / 17))
 
 
+@pytest.mark.parametrize("size", [1, 3, products.GRAM_FROM + 2])
+def test_an_identity_times_an_identity(size: int) -> None:
+    both = Factors(np.eye(size), np.eye(size))
+    found = products.spectrum(both, 1)
+    assert found == pytest.approx((math.sqrt(size), math.sqrt(size - 1), float(size)), abs=1e-6)
+    nearest = products.truncate(both, size).factors
+    np.testing.assert_allclose(dense(nearest), np.eye(size), atol=1e-6)
+
+
 def test_a_product_of_zero_has_no_effective_rank() -> None:
     nothing = Factors(np.zeros((4, 2)), np.ones((2, 3)))
     size, dropped, effective = products.spectrum(nothing, 1)
@@ -229,10 +238,16 @@ def test_a_matrix_times_the_identity_is_truncated_as_it_is() -> None:
     matrix = dense(drawn(60, size, 40, decay=0.2))
     product = Factors(matrix, np.eye(size))
     assert by_gram(product)
-    nearest, spectrum = products.truncate(product, 5)
     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    np.testing.assert_allclose(dense(nearest), (u[:, :5] * s[:5]) @ vt[:5], atol=1e-7 * s[0])
-    assert spectrum.dropped == pytest.approx(np.linalg.norm(s[5:]), rel=1e-6)
+    for found, best in (
+        (product, (u[:, :5] * s[:5]) @ vt[:5]),
+        (Factors(np.eye(size), matrix.T), ((u[:, :5] * s[:5]) @ vt[:5]).T),
+    ):
+        nearest, spectrum = products.truncate(found, 5)
+        np.testing.assert_allclose(dense(nearest), best, atol=1e-7 * s[0])
+        assert spectrum.dropped == pytest.approx(np.linalg.norm(s[5:]), rel=1e-6)
+        np.testing.assert_allclose(products.singular_values(found)[:40], s[:40], atol=1e-6 * s[0])
+    nearest = products.truncate(product, 5).factors
     near = np.eye(size)
     near[0, 1] = 1e-3
     other = products.truncate(Factors(matrix, near), 5).factors
