@@ -128,6 +128,12 @@ def _control_variates(plan: Plan) -> str:
             "control variate is a gradient in them, found one that chooses new factors; "
             "choose fedex, or set training.scaffold=false."
         )
+    if plan.method.pruning:
+        return (
+            "training.scaffold: expected nodes that keep their rank, because the mean control variate of a row is "
+            "unknown where some do not hold it, found a rule by which they lower it; "
+            "set aggregation.merge.hetlora.keep=1 or training.scaffold=false."
+        )
     if len(plan.ranks) > 1:
         return (
             "training.scaffold: expected one rank for all nodes, because the mean control variate of a row is unknown "
@@ -138,7 +144,7 @@ def _control_variates(plan: Plan) -> str:
 
 
 def _unlike_ranks(plan: Plan) -> str:
-    if plan.method.merge.mixed or len(plan.ranks) < 2:
+    if plan.method.merge.mixed or plan.ranks <= {max((module.rank for module in plan.spec.modules), default=0)}:
         return ""
     return (
         "federation.ranks: expected one rank for all nodes, because the rule in aggregation.merge compares updates "

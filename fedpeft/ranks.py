@@ -41,19 +41,19 @@ def declared(default: int) -> RankRule:
     def rank(partition: int, said: Said) -> int:  # noqa: ARG001
         return _integer(said, "rank") or default
 
-    return RankRule(True, rank, (1, 2, default))  # any rank may be said: at least these are unlike
+    return RankRule(True, rank, tuple(range(1, default + 1)))
 
 
 def by_memory(ranks: tuple[int, ...], gigabytes: tuple[float, ...]) -> RankRule:
     """A node trains at the last of `ranks` whose `gigabytes` it has; one with less than the first, at the first."""
 
     def rank(partition: int, said: Said) -> int:  # noqa: ARG001
-        held = _integer(said, "memory_bytes") / 1e9
-        fitting = [rank for rank, needed in zip(ranks, gigabytes, strict=True) if needed <= held]
+        held = _integer(said, "memory_bytes")
+        fitting = [rank for rank, needed in zip(ranks, gigabytes, strict=True) if needed * 1e9 <= held]
         wanted = fitting[-1] if fitting else ranks[0]
         return min(wanted, _integer(said, "rank") or wanted)
 
-    return RankRule(True, rank, ranks)
+    return RankRule(True, rank, tuple(range(1, max(ranks) + 1)))
 
 
 def said_in(packet: Packet) -> Said:

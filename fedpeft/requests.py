@@ -60,7 +60,7 @@ def read_request(packet: Packet, strategy: Strategy, spec: AdapterSpec, memory: 
     known = packet.manifest.get("known") is True
     travelling = _travelling(strategy, own, known=known)
     start, end = (_ranks(packet, key) for key in ("residual.from", "residual.to"))
-    columns = residuals.specification(spec, _less(end, start)) if end else None
+    columns = residuals.specification(spec, _less(end, start, spec)) if end else None
     control = strategy.stage.shared(own, int(packet.manifest["round"])) if strategy.controls else None
     body, place = packet.body, f"{packet.kind} request"
     sizes = [strategy.codec.size(travelling), *(_EXACT.size(part) for part in (columns, control) if part)]
@@ -77,6 +77,8 @@ def read_request(packet: Packet, strategy: Strategy, spec: AdapterSpec, memory: 
         residual = residuals.joined(_held(packet, memory, start), start, more)
         at += _EXACT.size(columns)
     variate = _EXACT.decode(body[at:], control) if control else {}
+    if control:
+        control.require(variate, f"{place}, control variate")
     kept = _remembered(strategy, own, tensors, memory, known=known)
     adapter = {**tensors, **_constants(strategy, own, kept, place, known=known)}
     adapter |= _own(strategy, own, kept, int(packet.manifest["round"]))
@@ -103,7 +105,7 @@ def _request(
         end = residuals.ranks_of(state.adapter.residual)
         start = state.drift.ranks.get(holding.round, ()) if holding else ()
         start = start or (0,) * len(end)
-        columns = residuals.specification(state.adapter.spec, _less(end, start))
+        columns = residuals.specification(state.adapter.spec, _less(end, start, state.adapter.spec))
         body.append(_EXACT.encode(residuals.after(state.adapter.residual, start), columns))
         fields |= {"residual.from": _text(start), "residual.to": _text(end)}
         fields["residual.epoch"] = state.drift.epoch
@@ -205,14 +207,17 @@ def _ranks(packet: Packet, key: str) -> Ranks:
         ) from error
 
 
-def _less(end: Ranks, start: Ranks) -> Ranks:
+def _less(end: Ranks, start: Ranks, spec: AdapterSpec) -> Ranks:
     """How many columns each module is sent.
 
     Raises:
         PacketError: the two do not go together.
     """
     begun = start or (0,) * len(end)
-    if len(begun) != len(end) or any(low < 0 or high < low for low, high in zip(begun, end, strict=True)):
+    modules = len(residuals.specification(spec, ()).shapes) // 2
+    if not len(begun) == len(end) == modules or any(
+        low < 0 or high < low for low, high in zip(begun, end, strict=True)
+    ):
         raise PacketError(
             sentence(
                 "request, residual",

@@ -37,7 +37,11 @@ def specification(spec: AdapterSpec, ranks: Ranks) -> AdapterSpec:
 
 def ranks_of(residual: Tensors) -> Ranks:
     """The residual's ranks; none of a residual that there is not."""
-    return tuple(residual[key].shape[0] for key in sorted(residual) if key.endswith(".A"))
+    return tuple(residual[f"{path}.A"].shape[0] for path in _paths(residual))
+
+
+def _paths(residual: Tensors) -> list[str]:
+    return sorted(key.removesuffix(".A") for key in residual if key.endswith(".A"))
 
 
 def grow(adapter: AdapterState, drift: Drift, round_: int, more: Mapping[str, Factors], budget: int) -> Grown:
@@ -55,7 +59,8 @@ def grow(adapter: AdapterState, drift: Drift, round_: int, more: Mapping[str, Fa
             nearest = products.truncate(products.widened(whole), cap)
             whole, rewritten = nearest.factors, True
             squares += nearest.spectrum.dropped**2
-        residual |= {f"{path}.B": whole.b.astype(np.float32), f"{path}.A": whole.a.astype(np.float32)}
+        with np.errstate(over="ignore"):
+            residual |= {f"{path}.B": whole.b.astype(np.float32), f"{path}.A": whole.a.astype(np.float32)}
     begun = Drift(epoch=round_) if rewritten else drift
     ranks = {**begun.ranks, round_: ranks_of(residual)}
     return Grown(replace(adapter, residual=residual), replace(begun, ranks=ranks), squares**0.5)
@@ -81,7 +86,7 @@ def joined(held: Tensors, start: Ranks, more: Tensors) -> dict[str, np.ndarray]:
 
 
 def _cut(residual: Tensors, at: Ranks, *, slice_from: bool) -> dict[str, np.ndarray]:
-    paths = [key.removesuffix(".A") for key in sorted(residual) if key.endswith(".A")]
+    paths = _paths(residual)
     if not any(at):
         return dict(residual) if slice_from else {}
     found = {}

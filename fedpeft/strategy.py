@@ -72,11 +72,14 @@ def build(parts: Parts) -> Strategy:
         control = dict(state.control)
         for update in updates:
             for key, change in update.control.items():  # Karimireddy et al. 2020, "SCAFFOLD", algorithm 1, line 17
-                control[key] = control[key] + fit(change, control[key].shape) / np.float32(parts.controls)
+                with np.errstate(over="ignore"):
+                    control[key] = control[key] + fit(change, control[key].shape) / np.float32(parts.controls)
             received = sent(state.adapter, update.spec)
             fold = merge.add(fold, Contribution(update, received, merge.weigh(update)))
-        merged = merge.finish(fold)
+        with np.errstate(over="ignore", invalid="ignore"):
+            merged = merge.finish(fold)
         delta = stage.server(merged.delta)
+        _require_finite(spec.only(control), control, round_)
         with np.errstate(over="ignore"):  # an adapter beyond float32 is refused below, in words
             moments, tensors = optimizer.apply(state.optimizer, before, delta)
         _require_finite(spec, tensors, round_)

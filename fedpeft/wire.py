@@ -102,7 +102,7 @@ def read_update(packet: Packet, strategy: Strategy, spec: AdapterSpec, expected:
     require_manifest(packet, "update", expected)
     place = f"update of partition {expected['partition']}"
     most = greatest_rank(spec)
-    rank = _count(packet.manifest, "rank", place, most) if most else 0
+    rank = _count(packet.manifest, "rank", place, most, min(1, most) if strategy.pruning else most)
     shared = strategy.stage.shared(at_rank(spec, rank), int(expected["round"]))
     control = _EXACT.size(shared) if strategy.controls else 0
     limit = strategy.codec.size(shared) + control
@@ -188,13 +188,13 @@ def require_norm(update: Update, most: float, place: str) -> None:
         )
 
 
-def _count(manifest: Mapping[str, Scalar], key: str, place: str, most: int) -> int:
+def _count(manifest: Mapping[str, Scalar], key: str, place: str, most: int, least: int = 1) -> int:
     value = manifest.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise PacketError(
             sentence(
                 f"{place}, {key}",
-                expected=f"an integer from 1 to {most}",
+                expected=f"an integer from {least} to {most}",
                 found=repr(value),
                 remedy="correct the node",
             )

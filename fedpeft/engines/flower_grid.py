@@ -22,7 +22,12 @@ INTRODUCE = "introduce"
 INTRODUCTION = "introduction"
 """The kind of packet that answers it: `version` and `partition`."""
 
-_TYPES = {"fit": MessageType.TRAIN, "evaluate": MessageType.EVALUATE, INTRODUCE: MessageType.QUERY}
+_TYPES = {
+    "fit": MessageType.TRAIN,
+    "evaluate": MessageType.EVALUATE,
+    "describe": MessageType.QUERY,
+    INTRODUCE: MessageType.QUERY,
+}
 _QUESTION_SECONDS = 120.0
 _ASK_AGAIN_SECONDS = 30.0
 _LEAST_PAUSE_SECONDS, _MOST_PAUSE_SECONDS = 0.02, 0.5

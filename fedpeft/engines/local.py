@@ -40,7 +40,7 @@ def answer(packet: Packet, site: Site, memories: MemoryStore) -> Packet:
     started = time.perf_counter()
     run, round_ = str(packet.manifest["run"]), int(packet.manifest["round"])
     trains = packet.kind == "fit"
-    memory = memories.load(run, site.partition, round_ if trains else round_ + 1)
+    memory = memories.load(run, site.partition, round_ + 1 if packet.kind == "evaluate" else round_)
     reply, kept = handle(packet, memory, site)
     if trains and kept is not memory:
         memories.save(run, site.partition, round_, kept)

@@ -129,7 +129,8 @@ def _moves(gathered: Gathered, module: ModuleSpec, after: Factors) -> dict[str, 
     lacking = module.rank - after.rank
     b = np.pad(after.b, [(0, 0), (0, lacking)]) - before.b
     a = np.pad(after.a, [(0, lacking), (0, 0)]) - before.a
-    return {f"{module.path}.B": b.astype(np.float32), f"{module.path}.A": a.astype(np.float32)}
+    with np.errstate(over="ignore"):  # what is beyond float32 is refused where the adapter is, in words
+        return {f"{module.path}.B": b.astype(np.float32), f"{module.path}.A": a.astype(np.float32)}
 
 
 def _fresh(state: ServerState, module: ModuleSpec) -> Factors:
