@@ -167,7 +167,7 @@ class FedSb(Weighted):
 
     def build(self) -> Method:
         """The method that these settings describe."""
-        return Method(rule(self.weights), frozen=("*.A", "*.B"), kind="lora_sb")
+        return Method(rule(self.weights), kind="lora_sb")
 
 
 @dataclass(frozen=True)

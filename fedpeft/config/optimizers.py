@@ -108,21 +108,8 @@ class Adam:
 
 
 @dataclass(frozen=True)
-class Yogi:
+class Yogi(Adam):
     """As `Adam`, but v falls no faster than the new delta allows: by (1 - beta2) delta² at most (FedYogi)."""
-
-    learning_rate: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.99
-    tau: float = 1e-3
-    initial_accumulator: float = 1.0
-    bias_correction: bool = False
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "learning_rate")
-        _require_decay(self, "beta1")
-        _require_decay(self, "beta2")
-        _require_accumulator(self)
 
     def build(self) -> Optimizer:
         """The server optimiser that these settings describe."""
