@@ -9,16 +9,18 @@ from typing import Any, Protocol
 
 from fedpeft import ranks, rounds
 from fedpeft.adapters import AdapterState, Family
+from fedpeft.bases import load_tokenizer
 from fedpeft.client import Site
 from fedpeft.config import RunConfig, choose, digest
 from fedpeft.config.data import DataConfig
 from fedpeft.config.federation import ByMemory, Declared, Equal, Listed
+from fedpeft.config.tasks import Head
 from fedpeft.config.training import METRICS, ModelConfig
 from fedpeft.data.partitions import deal, histogram
 from fedpeft.data.rows import DataReport, Row, Split, prepare
 from fedpeft.errors import DataError, PlanError, sentence
 from fedpeft.laws import check
-from fedpeft.models import AdaptedModel, install, load, load_tokenizer, most_tokens
+from fedpeft.models import AdaptedModel, install, load, most_tokens
 from fedpeft.ranks import RankRule
 from fedpeft.strategy import Parts, Strategy, build
 from fedpeft.tasks import Example, Task, build_task, with_labels
@@ -116,7 +118,7 @@ def check_plan(config: RunConfig, adapted: AdaptedModel) -> None:
 
 def adapted_model(config: RunConfig) -> AdaptedModel:
     """The base with the configured adapter on it; loaded once a process for the same settings."""
-    return _adapted(config.model, config.adapter.chosen, task_of(config).labels, config.seed)
+    return _adapted(config.model, config.adapter.chosen, config.task.chosen.head, config.seed)
 
 
 def task_of(config: RunConfig) -> Task:
@@ -207,8 +209,8 @@ def _dealt(data: DataConfig, clients: int, seed: int) -> Dealt:
 
 
 @functools.lru_cache(maxsize=4)
-def _adapted(model: ModelConfig, family: FamilySettings, labels: tuple[str, ...], seed: int) -> AdaptedModel:
-    return load(model, family.build(), labels, seed)
+def _adapted(model: ModelConfig, family: FamilySettings, head: Head, seed: int) -> AdaptedModel:
+    return load(model, family.build(), head, seed)
 
 
 @functools.lru_cache(maxsize=2)

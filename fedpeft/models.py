@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,14 +15,14 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
 
 from fedpeft import residual_layers as residual
 from fedpeft import sb_layers
 from fedpeft.adapters import AdapterSpec, AdapterState, Family, ModuleSpec, at_ranks, low_rank_modules
-from fedpeft.assets import resolve
+from fedpeft.bases import device_of, load_base, load_tokenizer, model_path
+from fedpeft.config.tasks import Head
 from fedpeft.config.training import ModelConfig
 from fedpeft.errors import AdapterError, ModelError, sentence
 from fedpeft.randomness import derive_seed
@@ -50,6 +49,7 @@ class AdaptedModel:
     model: nn.Module
     tokenizer: Any
     family: Family
+    head: Head
     spec: AdapterSpec
     bindings: Mapping[str, Binding]
     initial: AdapterState
@@ -58,32 +58,24 @@ class AdaptedModel:
     base_parameters: int
 
 
-def load(config: ModelConfig, family: Family, labels: tuple[str, ...], seed: int) -> AdaptedModel:
-    """The base that `config` names, for classifying into `labels`, with a fresh adapter drawn from `seed`.
+def load(config: ModelConfig, family: Family, head: Head, seed: int) -> AdaptedModel:
+    """The base that `config` names, with the last layer of `head` and a fresh adapter drawn from `seed`.
 
     The base is in float32 and never trained. Two processes with the same arguments hold the same numbers.
 
     Raises:
         ModelError: the base cannot be loaded, or the family cannot be put on it.
     """
-    source = model_path(config)
     with _drawn_from(seed, "model"):
         tokenizer = load_tokenizer(config)
-        base = _load_base(config, source, labels, int(tokenizer.pad_token_id))
+        base = load_base(config, head, int(tokenizer.pad_token_id))
         base_parameters = sum(parameter.numel() for parameter in base.parameters())
-        device = torch.device(_device(config))
-        model = _install(base.to(device), family, source).to(device)
+        device = torch.device(device_of(config))
+        model = _install(base.to(device), family, head, model_path(config)).to(device)
     precision = getattr(torch, config.precision) if device.type == "cuda" else torch.float32
     spec, bindings = _describe(model, family)
     initial = AdapterState(spec, {key: _folded(binding) for key, binding in bindings.items()})
-    return AdaptedModel(model, tokenizer, family, spec, bindings, initial, device, precision, base_parameters)
-
-
-def model_path(config: ModelConfig) -> str:
-    """The folder or Hub name that `config.source` stands for."""
-    if config.source.startswith("asset:"):
-        return str(resolve(config.source.removeprefix("asset:")))
-    return config.source
+    return AdaptedModel(model, tokenizer, family, head, spec, bindings, initial, device, precision, base_parameters)
 
 
 def most_tokens(adapted: AdaptedModel) -> int:
@@ -168,41 +160,6 @@ def save_merged(adapted: AdaptedModel, state: AdapterState, folder: Path) -> Non
         adapted.tokenizer.save_pretrained(str(folder))
 
 
-def load_tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer of the base that `config` names, able to pad.
-
-    Raises:
-        ModelError: there is none.
-    """
-    with _loading(config):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_path(config), **_from_where(config))
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _load_base(config: ModelConfig, source: str, labels: tuple[str, ...], pad: int) -> nn.Module:
-    names = dict(enumerate(labels))
-    with _loading(config):
-        settings = transformers.AutoConfig.from_pretrained(source, **_from_where(config))
-        for key, value in settings.to_dict().items():
-            if "drop" in key and isinstance(value, float):
-                setattr(settings, key, config.dropout)
-        settings.num_labels, settings.id2label, settings.pad_token_id = len(labels), names, pad
-        settings.label2id = {name: number for number, name in names.items()}
-        base: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(
-            source, config=settings, dtype=torch.float32, **_from_where(config)
-        )
-    return base
-
-
-def _from_where(config: ModelConfig) -> dict[str, Any]:
-    """What transformers is told of a source: its revision, and to stay off the network where it can."""
-    offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in {"1", "true", "yes"}
-    where: dict[str, Any] = {"local_files_only": offline or Path(model_path(config)).is_dir()}
-    return {**where, "revision": config.revision} if config.revision else where
-
-
 @contextlib.contextmanager
 def _saving() -> Iterator[None]:
     """Inside, what safetensors raises for a disk that takes no more is an OSError, as it is everywhere else."""
@@ -212,31 +169,14 @@ def _saving() -> Iterator[None]:
         raise OSError(str(error)) from error
 
 
-@contextlib.contextmanager
-def _loading(config: ModelConfig) -> Iterator[None]:
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            sentence(
-                f"model.source {config.source}",
-                expected="a model that transformers can load for this task",
-                found=str(error).splitlines()[0],
-                remedy="name a local folder, a packaged asset, or a Hub model that is reachable or cached",
-            )
-        ) from error
-
-
-def _install(base: nn.Module, family: Family, source: str) -> nn.Module:
+def _install(base: nn.Module, family: Family, head: Head, source: str) -> nn.Module:
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     if not family.peft:
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(name.split(".")[0] in _HEADS)
         return base
-    arguments = {**family.peft, "task_type": "SEQ_CLS", "base_model_name_or_path": source}
+    arguments = {**family.peft, "task_type": head.task_type or None, "base_model_name_or_path": source}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
@@ -319,16 +259,6 @@ def _put(parameter: nn.Parameter, value: torch.Tensor) -> None:
 def _folded(binding: Binding) -> np.ndarray:
     value = binding.parameter.detach().to(device="cpu", dtype=torch.float32)
     return np.array((value if binding.scale == 1.0 else value * binding.scale).numpy())
-
-
-def _device(config: ModelConfig) -> str:
-    if config.device != "auto":
-        if config.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ModelError(
-                sentence("model.device", expected="a CUDA device", found="none", remedy="set model.device=cpu")
-            )
-        return config.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextlib.contextmanager

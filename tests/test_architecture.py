@@ -22,7 +22,7 @@ CONFIG = UPDATES | MECHANISMS | {"config"}
 STRATEGY = CONFIG | {"strategy"}
 WIRE = STRATEGY | {"wire"}
 RECORDS = {"memory", "checkpoint", "journal"}
-TORCH = {"models", "tasks", "training"}
+TORCH = {"bases", "models", "tasks", "training"}
 FEDERATION = WIRE | RECORDS | {"laws", "ranks", "requests", "client", "rounds"}
 EDGES = FEDERATION | TORCH | {"assets", "data"}
 COMPOSED = EDGES | {"experiment", "bounds", "runs", "report"}
@@ -53,7 +53,8 @@ ROOMS: dict[str, set[str]] = {
     "data": GROUND | {"config", "assets"},
     "residual_layers": ADAPTERS,
     "sb_layers": ADAPTERS,
-    "models": ADAPTERS | {"config", "assets", "residual_layers", "sb_layers"},
+    "bases": GROUND | {"config", "assets"},
+    "models": ADAPTERS | {"config", "bases", "residual_layers", "sb_layers"},
     "tasks": ADAPTERS | {"config", "data"},
     "training": WIRE | {"client", "data", "models", "pruning", "tasks"},
     "experiment": EDGES,
@@ -74,12 +75,12 @@ ROOMS: dict[str, set[str]] = {
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "numpy": ("*",),
     "scipy": ("adapters", "merges"),
-    "torch": ("models", "residual_layers", "sb_layers", "tasks", "training"),
-    "transformers": ("models", "tasks"),
+    "torch": ("bases", "models", "residual_layers", "sb_layers", "tasks", "training"),
+    "transformers": ("bases", "models", "tasks"),
     "peft": ("models", "residual_layers", "sb_layers"),
-    "safetensors": ("adapter_folders", "files", "models"),
-    "gguf": ("assets", "models"),
-    "huggingface_hub": ("models", "data"),
+    "safetensors": ("adapter_folders", "bases", "files", "models"),
+    "gguf": ("assets", "bases"),
+    "huggingface_hub": ("bases", "data"),
     "datasets": ("data",),
     "pyarrow": ("data",),
     "flwr": ("engines/flower*", "engines/ray*"),

@@ -10,12 +10,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from fedpeft.bases import model_path
 from fedpeft.config import RunConfig, load
 from fedpeft.engines.local import LocalTransport
 from fedpeft.experiment import resolve, site_of
 from fedpeft.federate import federate
 from fedpeft.memory import FolderMemory
-from fedpeft.models import model_path
 from fedpeft.runs import RunFolder, folder_for
 
 pytestmark = [

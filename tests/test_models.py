@@ -24,7 +24,7 @@ from fedpeft.models import AdaptedModel
 from fedpeft.randomness import rng
 from fedpeft.runs import write_folder
 from tests import tiny
-from tests.tiny import FAMILIES, LABELS, logits, moved
+from tests.tiny import FAMILIES, logits, moved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 families = pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -245,7 +245,7 @@ def test_a_missing_gpu_is_one_sentence(tiny_model: Path) -> None:
     if torch.cuda.is_available():
         return
     with pytest.raises(ModelError, match=r"model\.device: expected a CUDA device, found none"):
-        models.load(tiny.ModelConfig(source=str(tiny_model), device="cuda"), FAMILIES["lora"].build(), LABELS, 0)
+        models.load(tiny.ModelConfig(source=str(tiny_model), device="cuda"), FAMILIES["lora"].build(), tiny.HEAD, 0)
 
 
 def test_a_text_shares_the_positions_with_the_virtual_tokens(tiny_model: Path) -> None:

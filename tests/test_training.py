@@ -17,7 +17,8 @@ from fedpeft import training
 from fedpeft.adapters import AdapterState
 from fedpeft.client import FitJob, Fitted
 from fedpeft.config.adapters import Lora
-from fedpeft.config.training import SequenceClassification, TrainingConfig
+from fedpeft.config.tasks import SequenceClassification
+from fedpeft.config.training import TrainingConfig
 from fedpeft.errors import DataError, FederationError
 from fedpeft.merges import Pruning
 from fedpeft.models import AdaptedModel, extract, install

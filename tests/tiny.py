@@ -16,6 +16,7 @@ from fedpeft import experiment, models
 from fedpeft.adapters import AdapterState
 from fedpeft.config import RunConfig, from_tree
 from fedpeft.config.adapters import HeadOnly, Ia3, Lora, PromptTuning
+from fedpeft.config.tasks import Head
 from fedpeft.config.training import ModelConfig
 from fedpeft.engines.local import LocalTransport
 from fedpeft.experiment import site_of
@@ -26,6 +27,7 @@ from fedpeft.runs import RunFolder
 
 WORDS = ("good", "bad", "fine", "poor", "great", "dull", "film", "shop", "news", "tweet", "very", "not", "so", "the")
 LABELS = ("no", "maybe", "yes")
+HEAD = Head("AutoModelForSequenceClassification", "SEQ_CLS", LABELS)
 FAMILIES = {
     "lora": Lora(rank=3, alpha=5.0),
     "ia3": Ia3(),
@@ -58,7 +60,7 @@ def build(folder: Path, *, labels: int = 0, seed: int = 0) -> Path:
 
 def load(source: Path, family: str | Any = "lora", seed: int = 0, **model: Any) -> AdaptedModel:
     settings = FAMILIES[family] if isinstance(family, str) else family
-    return models.load(ModelConfig(source=str(source), device="cpu", **model), settings.build(), LABELS, seed)
+    return models.load(ModelConfig(source=str(source), device="cpu", **model), settings.build(), HEAD, seed)
 
 
 def batch() -> dict[str, torch.Tensor]:

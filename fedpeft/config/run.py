@@ -10,7 +10,8 @@ from fedpeft.config.aggregation import AggregationConfig
 from fedpeft.config.data import DataConfig
 from fedpeft.config.federation import FederationConfig
 from fedpeft.config.fields import Choice, choice, require, require_range
-from fedpeft.config.training import TASKS, EvaluationConfig, ModelConfig, TrainingConfig
+from fedpeft.config.tasks import TASKS
+from fedpeft.config.training import EvaluationConfig, ModelConfig, TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Settings of the model, the task, and what a client does with them in a round."""
+"""Settings of the model, and of what a client does with it in a round."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedpeft.config.fields import Table, require, require_range
+from fedpeft.config.fields import require, require_range
 
 
 @dataclass(frozen=True)
@@ -28,22 +28,6 @@ class ModelConfig:
         device = self.device.split(":")[0]
         require(device in ("auto", "cpu", "cuda"), "device", expected="auto, cpu, cuda or cuda:N", found=self.device)
         require_range(self, "dropout", 0.0, 0.99)
-
-
-@dataclass(frozen=True)
-class SequenceClassification:
-    """One label for each text; `labels` in the order of the head's outputs, empty to take them from the data."""
-
-    labels: tuple[str, ...] = ()
-    max_tokens: int = 128
-
-    def __post_init__(self) -> None:
-        require(len(set(self.labels)) == len(self.labels), "labels", expected="distinct names", found=self.labels)
-        require(len(self.labels) != 1, "labels", expected="two names or more, or none", found=self.labels)
-        require_range(self, "max_tokens", 8)
-
-
-TASKS = Table("kind", {"sequence_classification": SequenceClassification})
 
 
 @dataclass(frozen=True)

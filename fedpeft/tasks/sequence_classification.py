@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedpeft.config.training import SequenceClassification
+from fedpeft.config.tasks import SequenceClassification
 from fedpeft.data.rows import Row
 from fedpeft.errors import DataError, sentence
 

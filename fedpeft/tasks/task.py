@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedpeft.config.training import SequenceClassification
+from fedpeft.config.tasks import SequenceClassification
 from fedpeft.data.rows import Row
 from fedpeft.tasks import sequence_classification
 from fedpeft.tasks.sequence_classification import Example

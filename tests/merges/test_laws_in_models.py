@@ -18,7 +18,8 @@ from torch import nn
 from fedpeft.adapters import AdapterState, absorbed, at_rank, at_ranks, resized
 from fedpeft.client import FitJob
 from fedpeft.config.adapters import Lora
-from fedpeft.config.training import SequenceClassification, TrainingConfig
+from fedpeft.config.tasks import SequenceClassification
+from fedpeft.config.training import TrainingConfig
 from fedpeft.models import AdaptedModel, extract, install, save_adapter
 from fedpeft.tasks import Example, build_task
 from fedpeft.training import TorchLearner

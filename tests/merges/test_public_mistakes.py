@@ -20,7 +20,8 @@ from fedpeft.adapters import resized as leading
 from fedpeft.client import FitJob
 from fedpeft.codecs import dense
 from fedpeft.config.adapters import Lora
-from fedpeft.config.training import SequenceClassification, TrainingConfig
+from fedpeft.config.tasks import SequenceClassification
+from fedpeft.config.training import TrainingConfig
 from fedpeft.errors import AdapterError, PlanError, QuorumError
 from fedpeft.merges import exactness, padded, products
 from fedpeft.merges.robust import Coordinate, Judge, Verdict

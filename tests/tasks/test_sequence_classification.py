@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.config.training import SequenceClassification
+from fedpeft.config.tasks import SequenceClassification
 from fedpeft.data.rows import Row
 from fedpeft.errors import DataError
 from fedpeft.tasks import Example
