@@ -221,10 +221,10 @@ def test_public_names_are_sorted() -> None:
 
 CLEAN = '"""What is here."""\n'
 PLANTED = [
-    ("fedpeft/codecs/dense.py", "import torch", "imports torch; torch lives in fedpeft/models"),
+    ("fedpeft/codecs/dense.py", "import torch", "imports torch; torch lives in fedpeft/bases"),
     ("fedpeft/codecs/dense.py", "from torch import nn", "imports torch"),
     ("fedpeft/codecs/dense.py", "def f():\n    import torch.nn", ":3 imports torch"),
-    ("fedpeft/training.py", "import transformers", "transformers lives in fedpeft/models, fedpeft/tasks"),
+    ("fedpeft/training.py", "import transformers", "transformers lives in fedpeft/bases, fedpeft/models, fedpeft/tasks"),
     ("fedpeft/training.py", "from peft import LoraConfig", "peft lives in fedpeft/models"),
     ("fedpeft/engines/local.py", "import flwr", "flwr lives in fedpeft/engines/flower*"),
     ("fedpeft/engines/flower.py", "import ray", "ray lives in fedpeft/engines/ray*"),
