@@ -13,8 +13,21 @@ rows, in place of nothing. Nothing that the server sends can name a file on a no
 
     app = client_app(own_rows)
 
-Labels are those of `config.task.chosen.labels`. Without such a function a client trains on its share of the
-bundled data, or, in a simulation, of the data that the settings name.
+Labels are those of `config.task.chosen.labels`. A task that reads more than a text and a label finds it in the
+row's fields, by the role that the settings name: `Row(question, fields={"answer": answer})` for `causal_lm`,
+`Row(" ".join(words), fields={"words": words, "tags": tags})` for `token_classification`. Without such a function a
+client trains on its share of the bundled data, or, in a simulation, of the data that the settings name.
+
+A site may also have a task of its own, as long as it is for the head that the run's task has. A task is a named
+tuple of functions (`fedpeft.tasks.Task` says what each does), so a site changes the ones that it must:
+
+    from fedpeft.engines.flower_client import client_app, task_of
+
+    def own_task(config):
+        task = task_of(config)
+        return task._replace(loss=lambda model, batch: 2 * task.loss(model, batch))
+
+    app = client_app(own_rows, own_task)
 """
 
 from fedpeft.engines.flower_client import client_app

@@ -12,8 +12,18 @@ import numpy as np
 from fedpeft.adapters import AdapterSpec, AdapterState
 from fedpeft.client import FitJob
 from fedpeft.config import RunConfig, choose
-from fedpeft.experiment import adapted_model, deal_rows, evaluator_of, learner_of, site_examples, strategy_of
-from fedpeft.tasks import Example
+from fedpeft.experiment import (
+    adapted_model,
+    deal_rows,
+    evaluator_of,
+    learner_of,
+    metric_of,
+    site_examples,
+    strategy_of,
+    test_examples,
+)
+from fedpeft.tasks import Encoded
+from fedpeft.training import evaluate_base
 
 _POOLED, _FROZEN = -2, -3
 """Partition numbers under which the bounds draw their batches; no site has them."""
@@ -33,8 +43,11 @@ class Bound:
 def frozen_head(config: RunConfig) -> Mapping[str, Any]:
     """The base as it is, with a head trained on all sites' rows pooled, for all of the federation's steps.
 
-    A head alone takes a larger learning rate than one that learns beside an adapter.
+    A head alone takes a larger learning rate than one that learns beside an adapter. Where the task has no head of
+    its own, there is nothing to train.
     """
+    if not config.task.chosen.head.labels:
+        return {"name": "frozen model", "evaluation": evaluate_base(learner_of(config, test_examples(config)))}
     rate = _HEAD_ALONE * (config.training.head_learning_rate or config.training.learning_rate)
     head = replace(
         config,
@@ -49,7 +62,7 @@ def sites_alone(config: RunConfig) -> Mapping[str, Any]:
     clients = config.federation.clients
     steps = max(1, round(_total_steps(config) / clients))
     found = [_train_alone(config, site_examples(config, site), steps, site) for site in range(clients)]
-    return {"evaluation": _mean(found), "spread": float(np.std([one["accuracy"] for one in found]))}
+    return {"evaluation": _mean(found), "spread": float(np.std([one[metric_of(config)] for one in found]))}
 
 
 def pooled_data(config: RunConfig) -> Mapping[str, Any]:
@@ -76,7 +89,7 @@ def measure_bounds(config: RunConfig, bounds: tuple[Bound, ...], report: Callabl
     return rows
 
 
-def _train_alone(config: RunConfig, examples: tuple[Example, ...], steps: int, partition: int) -> dict[str, Any]:
+def _train_alone(config: RunConfig, examples: tuple[Encoded, ...], steps: int, partition: int) -> dict[str, Any]:
     """The score of an adapter trained on `examples` for `steps` with one learning-rate schedule over them all."""
     adapted = adapted_model(config)
     alone = replace(config, rounds=1, training=replace(config.training, steps=steps))
@@ -90,7 +103,7 @@ def _frozen(config: RunConfig, spec: AdapterSpec) -> tuple[str, ...]:
     return () if config.adapter.name == "head_only" else strategy_of(config).stage.constant(spec)
 
 
-def _pooled(config: RunConfig) -> tuple[Example, ...]:
+def _pooled(config: RunConfig) -> tuple[Encoded, ...]:
     sites = range(len(deal_rows(config).sites))
     return tuple(example for site in sites for example in site_examples(config, site))
 

@@ -81,6 +81,23 @@ def check(config: ConfigPath, set_: Overrides = None) -> None:
 
 
 @app.command()
+def methods(
+    config: Annotated[
+        Path | None, typer.Argument(help="Settings whose model the methods are tried on.", show_default=False)
+    ] = None,
+    set_: Overrides = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """List every adapter method with how exactly it can be averaged, and why.
+
+    With settings, each is put on their model: what it trains, what a client moves in a round, what it needs in memory.
+    """
+    from fedpeft.commands.methods import run_methods
+
+    run_methods(config, set_ or [], as_json=json_)
+
+
+@app.command()
 def data(
     config: ConfigPath,
     set_: Overrides = None,

@@ -14,7 +14,7 @@ from fedpeft.client import Site
 from fedpeft.config import RunConfig, choose, digest
 from fedpeft.config.data import DataConfig
 from fedpeft.config.federation import ByMemory, Declared, Equal, Listed
-from fedpeft.config.tasks import Head
+from fedpeft.config.tasks import Head, TaskSettings
 from fedpeft.config.training import METRICS, ModelConfig
 from fedpeft.data.partitions import deal, histogram
 from fedpeft.data.rows import DataReport, Row, Split, prepare
@@ -23,7 +23,7 @@ from fedpeft.laws import check
 from fedpeft.models import AdaptedModel, install, load, most_tokens
 from fedpeft.ranks import RankRule
 from fedpeft.strategy import Parts, Strategy, build
-from fedpeft.tasks import Example, Task, build_task, with_labels
+from fedpeft.tasks import Encoded, Task, build_task, with_labels
 from fedpeft.training import TorchLearner, evaluate
 from fedpeft.wire import Session
 
@@ -39,6 +39,9 @@ class FamilySettings(Protocol):
 SiteRows = Callable[[RunConfig], Sequence[Row]]
 """How a real site gets at its own rows."""
 
+SiteTask = Callable[[RunConfig], Task]
+"""How a site trains in a way of its own: the run's settings to the task that takes the place of theirs."""
+
 
 @dataclass(frozen=True)
 class Dealt:
@@ -51,14 +54,43 @@ class Dealt:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """`config` with what it leaves to the data filled in: the labels, in the order of the head's outputs."""
-    task = with_labels(config.task.chosen, _split(config.data, config.seed).train)
-    return replace(config, task=choose(config.task.table, config.task.name, **{config.task.name: task}))
+    """`config` with what it leaves open filled in: the task's labels, in the order of the head's outputs, and metric.
+
+    Raises:
+        PlanError: the task does not measure the metric.
+    """
+    chosen = config.task.chosen
+    task = with_labels(chosen, _split(config.data, chosen.roles, config.seed).train)
+    return replace(
+        config,
+        task=choose(config.task.table, config.task.name, **{config.task.name: task}),
+        evaluation=replace(config.evaluation, metric=metric_of(config)),
+    )
+
+
+def metric_of(config: RunConfig) -> str:
+    """The figure that the run shows and watches: that of its settings, or the task's main one.
+
+    Raises:
+        PlanError: the task does not measure it.
+    """
+    measured = config.task.chosen.metrics
+    metric = config.evaluation.metric or measured[0]
+    if metric not in measured:
+        raise PlanError(
+            sentence(
+                "evaluation.metric",
+                expected=f"one of {', '.join(measured)}, which {config.task.name} measures",
+                found=metric,
+                remedy="name one of them, or none",
+            )
+        )
+    return str(metric)
 
 
 def deal_rows(config: RunConfig) -> Dealt:
     """The rows of every site and of the server; read once a process for the same settings."""
-    return _dealt(config.data, config.federation.clients, config.seed)
+    return _dealt(config.data, config.task.chosen.roles, config.federation.clients, config.seed)
 
 
 def strategy_of(config: RunConfig) -> Strategy:
@@ -99,16 +131,25 @@ def check_plan(config: RunConfig, adapted: AdaptedModel) -> None:
         AdapterError: a pattern matches no tensor.
         DataError: the task cannot use some site's rows.
     """
-    for partition, rows in enumerate(deal_rows(config).sites):
-        task_of(config).require(rows, f"partition {partition}")
+    for partition in range(config.federation.clients):
+        site_examples(config, partition)
+    metric_of(config)
+    if admit := task_of(config).admit:
+        admit(adapted.model)
     least = config.federation.quorum or config.federation.cohort
     check(parts_of(config), adapted.spec, ranks_of(config).possible, least)
+    for key in ("max_tokens", "max_target_tokens"):
+        _require_positions(config, adapted, key)
+
+
+def _require_positions(config: RunConfig, adapted: AdaptedModel, key: str) -> None:
+    """Raises PlanError if the task's bound `key`, where it has that, is above the tokens that the base can read."""
     room, virtual = most_tokens(adapted), int(adapted.family.peft.get("num_virtual_tokens", 0))
-    asked = min(config.task.chosen.max_tokens, adapted.tokenizer.model_max_length)
+    asked = min(getattr(config.task.chosen, key, 0), getattr(adapted.tokenizer, "model_max_length", 0))
     if asked > room:
         raise PlanError(
             sentence(
-                f"task.{config.task.name}.max_tokens",
+                f"task.{config.task.name}.{key}",
                 expected=f"at most {room} ({room + virtual} positions less {virtual} virtual tokens)",
                 found=asked,
                 remedy="lower it",
@@ -126,20 +167,29 @@ def task_of(config: RunConfig) -> Task:
     return build_task(config.task.chosen)
 
 
-def site_of(config: RunConfig, partition: int, own_rows: SiteRows | None = None) -> Site:
-    """The client of one partition, with its rows of the simulation, or rows of its own."""
-    if own_rows:
-        examples = task_of(config).encode(own_rows(config), load_tokenizer(config.model), f"partition {partition}")
+def site_of(
+    config: RunConfig, partition: int, own_rows: SiteRows | None = None, own_task: SiteTask | None = None
+) -> Site:
+    """The client of one partition, with its rows of the simulation or its own, and the run's task or its own.
+
+    Raises:
+        DataError: there are no rows, or the task cannot use one of them.
+    """
+    task = own_task(config) if own_task else task_of(config)
+    if own_rows or own_task:
+        rows = own_rows(config) if own_rows else deal_rows(config).sites[partition]
+        examples = task.encode(rows, _tokenizer(config.model), f"partition {partition}")
     else:
         examples = site_examples(config, partition)
     if not examples:
         raise DataError(
             sentence(f"partition {partition}", expected="at least one row", found="none", remedy="give this site data")
         )
-    return Site(partition, digest(config), strategy_of(config), learner_of(config, examples))
+    learner = replace(learner_of(config, examples), task=task)
+    return Site(partition, digest(config), strategy_of(config), learner)
 
 
-def learner_of(config: RunConfig, examples: tuple[Example, ...]) -> TorchLearner:
+def learner_of(config: RunConfig, examples: tuple[Encoded, ...]) -> TorchLearner:
     """A learner on `examples`; learners of one process share the model."""
     return TorchLearner(
         adapted=adapted_model(config),
@@ -163,12 +213,12 @@ def evaluator_of(config: RunConfig) -> rounds.Evaluate:
     return score
 
 
-def site_examples(config: RunConfig, partition: int) -> tuple[Example, ...]:
+def site_examples(config: RunConfig, partition: int) -> tuple[Encoded, ...]:
     """The tokenised training rows of one site of the simulation."""
     return _examples(config.model, config.task.chosen, config.data, config.federation.clients, config.seed, partition)
 
 
-def test_examples(config: RunConfig) -> tuple[Example, ...]:
+def test_examples(config: RunConfig) -> tuple[Encoded, ...]:
     """The tokenised held-out rows."""
     return _examples(config.model, config.task.chosen, config.data, config.federation.clients, config.seed, -1)
 
@@ -183,8 +233,8 @@ def plan_of(config: RunConfig, run: str, spec: str) -> rounds.Plan:
         deadline_seconds=config.federation.deadline_seconds,
         evaluate_every=config.evaluation.every,
         evaluate_on_clients=config.evaluation.on_clients,
-        metric=config.evaluation.metric,
-        metric_sign=METRICS[config.evaluation.metric],
+        metric=metric_of(config),
+        metric_sign=METRICS[metric_of(config)],
         patience=config.evaluation.patience,
         ranks=ranks_of(config),
         most_norm=config.federation.most_update_norm,
@@ -192,13 +242,13 @@ def plan_of(config: RunConfig, run: str, spec: str) -> rounds.Plan:
 
 
 @functools.lru_cache(maxsize=4)
-def _split(data: DataConfig, seed: int) -> Split:
-    return prepare(data, seed)
+def _split(data: DataConfig, roles: tuple[str, ...], seed: int) -> Split:
+    return prepare(data, seed, roles)
 
 
 @functools.lru_cache(maxsize=4)
-def _dealt(data: DataConfig, clients: int, seed: int) -> Dealt:
-    split = _split(data, seed)
+def _dealt(data: DataConfig, roles: tuple[str, ...], clients: int, seed: int) -> Dealt:
+    split = _split(data, roles, seed)
     indices = deal(split.train, data.partition, clients, seed)
     return Dealt(
         sites=tuple(tuple(split.train[i] for i in of_site) for of_site in indices),
@@ -220,9 +270,9 @@ def _tokenizer(model: ModelConfig) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _examples(
-    model: ModelConfig, task: object, data: DataConfig, clients: int, seed: int, partition: int
-) -> tuple[Example, ...]:
-    dealt = _dealt(data, clients, seed)
+    model: ModelConfig, task: TaskSettings, data: DataConfig, clients: int, seed: int, partition: int
+) -> tuple[Encoded, ...]:
+    dealt = _dealt(data, task.roles, clients, seed)
     rows = dealt.test if partition < 0 else dealt.sites[partition]
     place = "held-out rows" if partition < 0 else f"partition {partition}"
     return build_task(task).encode(rows, _tokenizer(model), place)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft import checkpoint, journal, rounds
+from fedpeft.adapters import inexact
 from fedpeft.bounds import Bound, measure_bounds
 from fedpeft.config import RunConfig, to_flat
 from fedpeft.errors import CheckpointError, sentence
@@ -149,6 +150,7 @@ def _start_record(config: RunConfig, adapted: AdaptedModel, engine: str) -> dict
             "bytes": 4 * trained,
             "base_parameters": adapted.base_parameters,
             "base_bytes": 4 * adapted.base_parameters,
+            "inexact": inexact(adapted.spec),
         },
         "data": asdict(dealt.report),
         "partitions": list(dealt.histograms),

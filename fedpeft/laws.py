@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from fedpeft.adapters import AdapterSpec
+from fedpeft.adapters import KINDS, AdapterSpec, greatest_rank, low_rank_modules
 from fedpeft.codecs import Codec
 from fedpeft.errors import PlanError
 from fedpeft.merges import Method
@@ -56,7 +56,7 @@ def check(parts: Parts, spec: AdapterSpec, ranks: Iterable[int] = (), updates: i
 
 
 def _fits(method: Method, spec: AdapterSpec) -> bool:
-    return not method.kind or any(module.kind == method.kind for module in spec.modules)
+    return not method.kinds or any(module.kind in method.kinds for module in spec.modules)
 
 
 def _of_its_kind(plan: Plan) -> str:
@@ -64,7 +64,7 @@ def _of_its_kind(plan: Plan) -> str:
         return ""
     return (
         f"aggregation.merge.rule: expected a rule for adapters of family {plan.spec.family}, found one for "
-        f"{plan.method.kind}; set adapter.family={plan.method.kind}, or choose fedavg."
+        f"{', '.join(plan.method.kinds)}; set adapter.family={plan.method.kinds[0]}, or choose fedavg."
     )
 
 
@@ -99,7 +99,7 @@ def _whole_modules(plan: Plan) -> str:
     if not plan.method.merge.whole:
         return ""
     kept = {*plan.stage.frozen(plan.spec, 1), *plan.stage.local(plan.spec, 1)}
-    low_rank = [f"{m.path}.{name}" for m in plan.spec.modules if m.rank for name, _ in m.shapes]
+    low_rank = [f"{m.path}.{name}" for m in low_rank_modules(plan.spec) for name, _ in m.shapes]
     found = [key for key in low_rank if key in kept]
     if not found:
         return ""
@@ -107,6 +107,19 @@ def _whole_modules(plan: Plan) -> str:
         "aggregation.merge.rule: expected both factors of every low-rank module trained and shared, because this rule "
         f"makes new ones, found {found[0]} frozen or local; choose fedavg, whose mean is exact with one factor frozen."
     )
+
+
+def _coupled(plan: Plan) -> str:
+    kept = {key for r in (1, 2) for key in plan.stage.frozen(plan.spec, r)} | set(plan.stage.local(plan.spec, 1))
+    for module in plan.spec.modules:
+        found = [name for name in KINDS[module.kind].coupled if f"{module.path}.{name}" in kept]
+        if found:
+            return (
+                f"aggregation.stages: expected {' and '.join(KINDS[module.kind].coupled)} of {module.kind} modules "
+                f"trained and shared, because training any of them moves all, found {module.path}.{found[0]} frozen or "
+                "local; leave them alone, or set adapter.family=lora."
+            )
+    return ""
 
 
 def _kept_gauge(plan: Plan) -> str:
@@ -128,6 +141,12 @@ def _control_variates(plan: Plan) -> str:
             "control variate is a gradient in them, found one that chooses new factors; "
             "choose fedex, or set training.scaffold=false."
         )
+    moved = sorted({module.kind for module in plan.spec.modules if KINDS[module.kind].moved})
+    if moved:
+        return (
+            "training.scaffold: expected an adapter that is trained in the numbers that travel, because a control "
+            f"variate is a gradient, found {', '.join(moved)}; set adapter.family=lora, or training.scaffold=false."
+        )
     if plan.method.pruning:
         return (
             "training.scaffold: expected nodes that keep their rank, because the mean control variate of a row is "
@@ -144,7 +163,7 @@ def _control_variates(plan: Plan) -> str:
 
 
 def _unlike_ranks(plan: Plan) -> str:
-    if plan.method.merge.mixed or plan.ranks <= {max((module.rank for module in plan.spec.modules), default=0)}:
+    if plan.method.merge.mixed or plan.ranks <= {greatest_rank(plan.spec)}:
         return ""
     return (
         "federation.ranks: expected one rank for all nodes, because the rule in aggregation.merge compares updates "
@@ -154,10 +173,15 @@ def _unlike_ranks(plan: Plan) -> str:
 
 
 def _capped(plan: Plan) -> str:
-    cap = max((module.rank for module in plan.spec.modules), default=0)
+    cap = greatest_rank(plan.spec)
     above = sorted(rank for rank in plan.ranks if rank > cap)
     if not above:
         return ""
+    if not cap:
+        return (
+            f"federation.ranks: expected equal ranks, because nodes cannot hold adapters of family {plan.spec.family} "
+            f"at ranks of their own, found {above[-1]}; set federation.ranks.rule=equal, or adapter.family=lora."
+        )
     return (
         f"federation.ranks: expected ranks of at most {cap}, the server's, found {above[-1]}; "
         f"raise adapter.{plan.spec.family}.rank to {above[-1]} or lower the rank."
@@ -178,6 +202,7 @@ LAWS = (
     Law("a tensor is frozen or local, never both", _frozen_and_local),
     Law("something is trained", _nothing_trained),
     Law("something is shared", _nothing_shared),
+    Law("what moves together is trained and shared together", _coupled),
     Law("a rule that makes new factors needs both of them", _whole_modules),
     Law("a rule that makes new factors goes with no optimiser that remembers", _kept_gauge),
     Law("control variates go with a rule that keeps coordinates", _control_variates),

@@ -116,7 +116,7 @@ def _method(name: str, missing: str) -> Method:
 def _require_fit(name: str, method: Method, sources: tuple[StoredAdapter, ...]) -> None:
     """Raises PlanError unless the method can serve adapters of which nothing but their factors is known."""
     hidden = (*method.frozen, *method.local, *method.alternating)
-    if hidden or method.kind not in ("", "lora"):
+    if hidden or (method.kinds and "lora" not in method.kinds):
         raise PlanError(
             sentence(
                 f"method {name}",

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import peft
@@ -18,33 +16,29 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from fedpeft import own_layers, penalties
 from fedpeft import residual_layers as residual
-from fedpeft import sb_layers
-from fedpeft.adapters import AdapterSpec, AdapterState, Family, ModuleSpec, at_ranks, low_rank_modules
+from fedpeft.adaptation import Binding, adapt, describe
+from fedpeft.adapters import AdapterSpec, AdapterState, Family, at_ranks, low_rank_modules, ranks_of, resizable
 from fedpeft.bases import device_of, load_base, load_tokenizer, model_path
 from fedpeft.config.tasks import Head
 from fedpeft.config.training import ModelConfig
+from fedpeft.coordinates import Coordinates, put
 from fedpeft.errors import AdapterError, ModelError, sentence
+from fedpeft.files import encode_tensors, read_tensors, write_atomically
 from fedpeft.randomness import derive_seed
 
-_HEADS = ("classifier", "score")
-"""Names that transformers gives the task's own last layer, as peft knows them."""
-
-_REBUILT: Mapping[str, Callable[[nn.Module, Family], None]] = {"lora_sb": sb_layers.rebuild}
-"""What is done to peft's layers of a kind that peft does not have."""
-
-
-@dataclass(frozen=True)
-class Binding:
-    """Where a tensor of the adapter lives in the model, and the scale that its stored value carries."""
-
-    parameter: nn.Parameter
-    scale: float
+HEAD_FILE = "head.safetensors"
+"""The task's own last layer, in an exported folder without a peft adapter."""
 
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """A frozen base with one trainable adapter on it; `initial` is the adapter as it was drawn."""
+    """A frozen base with one trainable adapter on it; `initial` is the adapter as it was drawn.
+
+    `coordinates` are those of the modules, by path, of which other numbers travel than are trained. `penalty` is
+    what the family adds to the loss, if anything.
+    """
 
     model: nn.Module
     tokenizer: Any
@@ -56,6 +50,8 @@ class AdaptedModel:
     device: torch.device
     precision: torch.dtype
     base_parameters: int
+    coordinates: Mapping[str, Coordinates] = field(default_factory=dict)
+    penalty: Callable[[], torch.Tensor] | None = None
 
 
 def load(config: ModelConfig, family: Family, head: Head, seed: int) -> AdaptedModel:
@@ -71,11 +67,24 @@ def load(config: ModelConfig, family: Family, head: Head, seed: int) -> AdaptedM
         base = load_base(config, head, int(tokenizer.pad_token_id))
         base_parameters = sum(parameter.numel() for parameter in base.parameters())
         device = torch.device(device_of(config))
-        model = _install(base.to(device), family, head, model_path(config)).to(device)
+        model = adapt(base.to(device), family, head, model_path(config)).to(device)
     precision = getattr(torch, config.precision) if device.type == "cuda" else torch.float32
-    spec, bindings = _describe(model, family)
-    initial = AdapterState(spec, {key: _folded(binding) for key, binding in bindings.items()})
-    return AdaptedModel(model, tokenizer, family, head, spec, bindings, initial, device, precision, base_parameters)
+    spec, bindings, coordinates = describe(model, family, head)
+    initial = AdapterState(spec, _read(spec, bindings, coordinates))
+    return AdaptedModel(
+        model,
+        tokenizer,
+        family,
+        head,
+        spec,
+        bindings,
+        initial,
+        device,
+        precision,
+        base_parameters,
+        coordinates,
+        penalties.of(model, family),
+    )
 
 
 def most_tokens(adapted: AdaptedModel) -> int:
@@ -87,10 +96,22 @@ def most_tokens(adapted: AdaptedModel) -> int:
 
 def extract(adapted: AdaptedModel) -> AdapterState:
     """The adapter's values now, at the ranks that it has now, as copies, with scales folded in."""
-    tensors = {key: _folded(binding) for key, binding in adapted.bindings.items()}
-    ranked = (f"{module.path}.A" for module in low_rank_modules(adapted.spec))
+    tensors = _read(adapted.spec, adapted.bindings, adapted.coordinates)
+    ranked = (f"{module.path}.A" for module in low_rank_modules(adapted.spec) if resizable(module))
     spec = at_ranks(adapted.spec, {key.removesuffix(".A"): tensors[key].shape[0] for key in ranked})
     return AdapterState(spec, tensors)
+
+
+def trained(adapted: AdaptedModel, frozen: Collection[str] = ()) -> dict[str, nn.Parameter]:
+    """The parameters that are trained for the tensors that are not in `frozen`.
+
+    They are named by the tensor's key; where a tensor has several, a number comes behind it.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for key, binding in adapted.bindings.items():
+        if key not in frozen:
+            found |= {f"{key}/{at}" if at else key: parameter for at, parameter in enumerate(binding.parameters)}
+    return found
 
 
 def install(adapted: AdaptedModel, state: AdapterState) -> None:
@@ -99,8 +120,7 @@ def install(adapted: AdaptedModel, state: AdapterState) -> None:
     Raises:
         AdapterError: `state` does not follow the model's specification, ranks aside.
     """
-    own = {module.path: module.rank for module in adapted.spec.modules}
-    if at_ranks(state.spec, own) != adapted.spec:
+    if at_ranks(state.spec, ranks_of(adapted.spec)) != adapted.spec:
         raise AdapterError(
             sentence(
                 "adapter",
@@ -110,18 +130,21 @@ def install(adapted: AdaptedModel, state: AdapterState) -> None:
             )
         )
     state.spec.require(state.tensors, "adapter")
+    values = {k: torch.from_numpy(np.array(v, np.float32)).to(adapted.device) for k, v in state.tensors.items()}
     with torch.no_grad():
-        for key, binding in adapted.bindings.items():
-            value = torch.from_numpy(np.array(state.tensors[key], np.float32)).to(adapted.device)
-            _put(binding.parameter, value if binding.scale == 1.0 else value / binding.scale)
+        for path, coordinates in adapted.coordinates.items():
+            coordinates.write({name: values.pop(f"{path}.{name}") for name in coordinates.parameters})
+        for key, value in values.items():
+            binding = adapted.bindings[key]
+            put(binding.parameter, value if binding.scale == 1.0 else value / binding.scale)
     residual.install(adapted.model, adapted.family, state.residual)
 
 
 def save_adapter(adapted: AdaptedModel, state: AdapterState, folder: Path) -> None:
     """`folder` holds `state` in the layout that stock `peft.PeftModel.from_pretrained` loads, head included.
 
-    `state` may have other ranks than the model was made with. A family with no adapter of its own is saved as a
-    whole model.
+    `state` may have other ranks than the model was made with. Layers that peft does not have stand beside it in files
+    of their own, and `load_adapter` reads all. A family with no adapter of its own is saved as a whole model.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -131,9 +154,36 @@ def save_adapter(adapted: AdaptedModel, state: AdapterState, folder: Path) -> No
     with _saving(), residual.described(model, state.spec):
         if isinstance(model, peft.PeftModel):
             model.save_pretrained(str(folder), save_embedding_layers=False, selected_adapters=["default"])
-        else:
+        elif not adapted.family.own:
             model.save_pretrained(str(folder))
+        if adapted.family.own:
+            own_layers.save(model, folder, adapted.family.own)
+            if not adapted.family.peft and (head := _head_tensors(state)):
+                write_atomically(folder / HEAD_FILE, encode_tensors(head, {}))
         adapted.tokenizer.save_pretrained(str(folder))
+
+
+def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
+    """`base` with the adapter that `save_adapter` wrote to `folder`, for inference; changed in place.
+
+    Raises:
+        AdapterError: the folder holds no adapter, or one that does not fit the base.
+        ModelError: a method does not fit the base.
+    """
+    by_peft, own, head = folder / "adapter_config.json", folder / own_layers.SETTINGS, folder / HEAD_FILE
+    if not by_peft.is_file() and not own.is_file():
+        raise AdapterError(
+            sentence(
+                str(folder), expected="an adapter", found="none", remedy="name a folder that an export has written"
+            )
+        )
+    base.requires_grad_(False)
+    if own.is_file():
+        own_layers.load(base, folder)
+    if head.is_file():
+        _load_head(base, head)
+    with _reading(folder):
+        return peft.PeftModel.from_pretrained(cast(Any, base), str(folder)) if by_peft.is_file() else base
 
 
 def save_merged(adapted: AdaptedModel, state: AdapterState, folder: Path) -> None:
@@ -145,7 +195,7 @@ def save_merged(adapted: AdaptedModel, state: AdapterState, folder: Path) -> Non
     """
     install(adapted, state)
     model: Any = adapted.model
-    if adapted.family.kind == "prompt":
+    if adapted.family.kind in ("prompt", "encoded", "llama_adapter"):
         raise ModelError(
             sentence(
                 f"adapter family {adapted.family.name}",
@@ -154,10 +204,49 @@ def save_merged(adapted: AdaptedModel, state: AdapterState, folder: Path) -> Non
                 remedy="export the adapter instead",
             )
         )
-    merged = copy.deepcopy(model).merge_and_unload() if adapted.family.peft else model
+    merged = copy.deepcopy(model)
+    if adapted.family.peft:
+        merged = merged.merge_and_unload()
+    if adapted.family.own:
+        own_layers.merge(merged)
     with _saving():
         merged.save_pretrained(str(folder))
         adapted.tokenizer.save_pretrained(str(folder))
+
+
+def _head_tensors(state: AdapterState) -> dict[str, np.ndarray]:
+    """The tensors of the task's own last layer, where no peft adapter holds them."""
+    whole = (module for module in state.spec.modules if module.kind == "full")
+    return {key: np.asarray(state.tensors[key]) for m in whole for name, _ in m.shapes for key in [f"{m.path}.{name}"]}
+
+
+def _load_head(base: nn.Module, path: Path) -> None:
+    with _reading(path):
+        tensors, _ = read_tensors(path)
+    own = dict(base.named_parameters())
+    for name, value in tensors.items():
+        if name not in own or tuple(own[name].shape) != value.shape:
+            raise AdapterError(
+                sentence(
+                    f"{path}, tensor {name}",
+                    expected="a tensor of the base, of its shape",
+                    found=f"shape {value.shape}",
+                    remedy="load the base with the task and the labels of the run",
+                )
+            )
+    with torch.no_grad():
+        for name, value in tensors.items():
+            own[name].copy_(torch.from_numpy(value))
+
+
+@contextlib.contextmanager
+def _reading(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        remedy = "use the folder as it was written, and the base that it was made with"
+        raise AdapterError(sentence(str(place), expected="an adapter", found=first, remedy=remedy)) from error
 
 
 @contextlib.contextmanager
@@ -169,96 +258,23 @@ def _saving() -> Iterator[None]:
         raise OSError(str(error)) from error
 
 
-def _install(base: nn.Module, family: Family, head: Head, source: str) -> nn.Module:
-    for parameter in base.parameters():
-        parameter.requires_grad_(False)
-    if not family.peft:
-        for name, parameter in base.named_parameters():
-            parameter.requires_grad_(name.split(".")[0] in _HEADS)
-        return base
-    arguments = {**family.peft, "task_type": head.task_type or None, "base_model_name_or_path": source}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
-            model: nn.Module = peft.get_peft_model(base, peft.get_peft_config(arguments))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(
-            sentence(
-                f"adapter.{family.name}",
-                expected=f"settings that fit {type(base).__name__}",
-                found=str(error).splitlines()[0],
-                remedy="name target_modules that this model has",
-            )
-        ) from error
-    if rebuild := _REBUILT.get(family.kind):
-        rebuild(model, family)
-    return model
+def _read(
+    spec: AdapterSpec, bindings: Mapping[str, Binding], coordinates: Mapping[str, Coordinates]
+) -> dict[str, np.ndarray]:
+    """The tensors of the adapter now, as copies, in the order of `spec`."""
+    found: dict[str, np.ndarray] = {}
+    with torch.no_grad():
+        for path, moved in coordinates.items():
+            found |= {f"{path}.{name}": _copied(value, 1.0) for name, value in moved.read().items()}
+        for key, binding in bindings.items():
+            if key not in found:
+                found[key] = _copied(binding.parameter, binding.scale)
+    return {key: found[key] for key in spec.shapes}
 
 
-def _describe(model: nn.Module, family: Family) -> tuple[AdapterSpec, dict[str, Binding]]:
-    """The specification of the model's trainable tensors, and where each of them is."""
-    scales = _scales(model, family)
-    found: dict[tuple[str, str], dict[str, Binding]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            path, kind, tensor = family.locate(name)
-            scale = scales.get(path, 1.0) if kind == family.kind and tensor == family.folded else 1.0
-            found.setdefault((path, kind), {})[tensor] = Binding(parameter, scale)
-    modules = tuple(
-        _module_spec(path, kind, tensors, family, scales.get(path, 1.0))
-        for (path, kind), tensors in sorted(found.items())
-    )
-    spec = AdapterSpec(_base_digest(model), family.name, modules)
-    flat = {f"{path}.{name}": binding for (path, _), tensors in found.items() for name, binding in tensors.items()}
-    return spec, {key: flat[key] for key in spec.shapes}
-
-
-def _module_spec(path: str, kind: str, tensors: Mapping[str, Binding], family: Family, scale: float) -> ModuleSpec:
-    shapes = tuple((name, tuple(tensors[name].parameter.shape)) for name in sorted(tensors))
-    own = kind == family.kind and family.ranked in tensors
-    rank = tensors[family.ranked].parameter.shape[0] if own else 0
-    return ModuleSpec(path, kind, rank, scale if own else 1.0, shapes)
-
-
-def _scales(model: nn.Module, family: Family) -> dict[str, float]:
-    """What each adapted module multiplies its factors' product by, by module path."""
-    if not family.folded:
-        return {}
-    return {
-        name.removeprefix(family.prefix): float(module.scaling["default"])
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "scaling", None), dict) and "default" in module.scaling
-    }
-
-
-def _base_digest(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and a sample of at most 256 values of each frozen tensor.
-
-    It tells one base from another; it does not prove that two are equal. The original head, which a trained
-    copy replaces, is left out.
-    """
-    sha = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if not parameter.requires_grad and "original_module" not in name:
-            flat = parameter.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 256)].float().cpu().numpy()
-            sha.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
-    return sha.hexdigest()
-
-
-def _put(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """The parameter holds `value`, which may be of another rank than what it held."""
-    if parameter.shape == value.shape:
-        parameter.copy_(value)
-    else:
-        parameter.grad = None
-        parameter.data = value.to(parameter.dtype)
-
-
-def _folded(binding: Binding) -> np.ndarray:
-    value = binding.parameter.detach().to(device="cpu", dtype=torch.float32)
-    return np.array((value if binding.scale == 1.0 else value * binding.scale).numpy())
+def _copied(value: torch.Tensor, scale: float) -> np.ndarray:
+    value = value.detach().to(device="cpu", dtype=torch.float32)
+    return np.array((value if scale == 1.0 else value * scale).numpy())
 
 
 @contextlib.contextmanager

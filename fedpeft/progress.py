@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from fedpeft.federate import Watcher, silent
-from fedpeft.report.units import human_bytes, human_count, human_seconds, percent, relative
+from fedpeft.report.metrics import UNNAMED, metric
+from fedpeft.report.units import human_bytes, human_count, human_seconds, relative
 
 
 @contextlib.contextmanager
@@ -28,10 +29,16 @@ def watching(console: Console, *, quiet: bool) -> Iterator[Watcher]:
 
 def _plain(console: Console) -> Watcher:
     """One line for the start, each round and each bound; single replies are not worth one."""
+    shown = [UNNAMED]
+
+    def start(record: dict[str, Any], done: int) -> None:
+        shown[0] = str(record["config"].get("evaluation.metric") or UNNAMED)
+        console.print(_headline(record, done), highlight=False, soft_wrap=True)
+
     return Watcher(
-        start=lambda record, done: console.print(_headline(record, done), highlight=False, soft_wrap=True),
+        start=start,
         reply=lambda round_, partition, usable: None,  # noqa: ARG005
-        round=lambda record: console.print(_round_line(record), highlight=False, soft_wrap=True),
+        round=lambda record: console.print(_round_line(record, shown[0]), highlight=False, soft_wrap=True),
         bound=lambda name: console.print(f"measuring the bound: {name}", highlight=False, soft_wrap=True),
     )
 
@@ -85,10 +92,11 @@ def _headline(record: dict[str, Any], done: int) -> str:
     )
 
 
-def _round_line(record: dict[str, Any]) -> str:
+def _round_line(record: dict[str, Any], key: str) -> str:
     parts = [f"round {record['round']:>3}", f"training loss {record['loss']:.3f}"]
     if record["evaluation"]:
-        parts.append(f"held-out accuracy {percent(record['evaluation']['accuracy'])}")
+        told = metric(key)
+        parts.append(f"held-out {told.title} {told.text(record['evaluation'].get(key))}")
     error = record.get("merge_error")
     if error is not None and not math.isnan(error):
         parts.append(f"merge error {relative(error)}")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedpeft import residuals
-from fedpeft.adapters import AdapterSpec, AdapterState, Tensors, absorbed, at_ranks, fit, fixed, norm, resized
+from fedpeft.adapters import AdapterSpec, AdapterState, Tensors, absorbed, at_ranks, fit, fixed, norm, ranks_of, resized
 from fedpeft.codecs import Codec
 from fedpeft.errors import AdapterError, FederationError
 from fedpeft.merges import Contribution, Merged, Method, Pruning
@@ -102,7 +102,7 @@ def build(parts: Parts) -> Strategy:
 
 def sent(adapter: AdapterState, like: AdapterSpec) -> AdapterState:
     """The adapter as a node holds it whose low-rank modules have the ranks of `like`, without the residual."""
-    spec = at_ranks(adapter.spec, {module.path: module.rank for module in like.modules})
+    spec = at_ranks(adapter.spec, ranks_of(like))
     return AdapterState(spec, resized(adapter.tensors, spec))
 
 

@@ -18,16 +18,17 @@ from fedpeft.client import FitJob, Fitted, Learner
 from fedpeft.config.training import TrainingConfig
 from fedpeft.errors import DataError, FederationError, sentence
 from fedpeft.merges import Pruning
-from fedpeft.models import AdaptedModel, extract, install
+from fedpeft.models import AdaptedModel, extract, install, trained
+from fedpeft.own_layers import disabled
 from fedpeft.pruning import kept_rank
 from fedpeft.randomness import derive_seed, rng
-from fedpeft.tasks import Example, Task
+from fedpeft.tasks import Encoded, Sample, Statistics, Task
 
 _TINY = 1e-12
 """The least norm that a gradient is divided by."""
 
 _WINDOW_BATCHES = 8
-"""Texts of like length are sought within this many batches of the shuffled rows."""
+"""Examples of like size are sought within this many batches of the shuffled rows."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TorchLearner:
 
     adapted: AdaptedModel
     task: Task
-    examples: tuple[Example, ...]
+    examples: tuple[Encoded, ...]
     settings: TrainingConfig
     seed: int
     rounds: int
@@ -86,7 +87,7 @@ def fit(learner: TorchLearner, adapter: AdapterState, job: FitJob) -> Fitted:
     settings, adapted = learner.settings, learner.adapted
     install(adapted, adapter)
     before = extract(adapted).tensors
-    parameters = {key: adapted.bindings[key].parameter for key in adapted.spec.shapes if key not in job.frozen}
+    parameters = trained(adapted, job.frozen)
     optimizer = torch.optim.AdamW(_groups(parameters, learner), weight_decay=settings.weight_decay)
     scaler = torch.amp.GradScaler(adapted.device.type, enabled=adapted.precision == torch.float16)
     pull = _pull(parameters, learner, job)
@@ -94,7 +95,7 @@ def fit(learner: TorchLearner, adapter: AdapterState, job: FitJob) -> Fitted:
     seen = _Seen()
     first_step = (job.round - 1) * settings.steps
     adapted.model.train()
-    with _only(adapted, parameters), _randomness(learner.seed, job):
+    with _without(adapted, job.frozen), _randomness(learner.seed, job):
         for step in range(first_step, first_step + settings.steps):
             rate = learning_rate_factor(settings, step, learner.rounds * settings.steps)
             for group in optimizer.param_groups:
@@ -167,7 +168,7 @@ def _shrink_tails(parameters: Mapping[str, nn.Parameter], pruning: Pruning | Non
         b.grad[:, kept:] += pruning.penalty * size_a * columns / size_b.clamp_min(_TINY)
 
 
-def evaluate(adapted: AdaptedModel, task: Task, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
+def evaluate(adapted: AdaptedModel, task: Task, examples: Sequence[Encoded], batch_size: int) -> dict[str, Any]:
     """Figures over all examples, and under `groups` over those of each natural group.
 
     Raises:
@@ -177,38 +178,59 @@ def evaluate(adapted: AdaptedModel, task: Task, examples: Sequence[Example], bat
         raise DataError(
             sentence("evaluation", expected="at least one row", found="none", remedy="raise data.test_fraction")
         )
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
-    losses, predicted = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
+    found = _scored(adapted, task, examples, batch_size)
+    groups = np.array([example.group for example in examples])
+    names = sorted({name for name in groups.tolist() if name})
+    of_group = {name: {key: values[groups == name] for key, values in found.items()} for name in names}
+    return {**task.figures(found), "groups": {name: task.figures(of_group[name]) for name in names}}
+
+
+def _scored(adapted: AdaptedModel, task: Task, examples: Sequence[Encoded], batch_size: int) -> Statistics:
+    """The task's statistics of every example, in order; batches hold examples of like size."""
+    order = sorted(range(len(examples)), key=lambda i: examples[i].size)
+    found: dict[str, np.ndarray] = {}
     adapted.model.eval()
-    pad = int(adapted.tokenizer.pad_token_id)
     with torch.inference_mode(), _autocast(adapted):
         for start in range(0, len(order), batch_size):
             at = order[start : start + batch_size]
-            batch = task.collate([examples[i] for i in at], pad, adapted.device)
-            losses[at], predicted[at] = task.score(adapted.model, batch)
-    labels = np.array([example.label for example in examples])
-    groups = np.array([example.group for example in examples])
-    found: dict[str, Any] = dict(task.figures(losses, predicted, labels))
-    names = sorted({name for name in groups.tolist() if name})
-    found["groups"] = {
-        name: task.figures(losses[at], predicted[at], labels[at]) for name in names for at in [groups == name]
-    }
+            batch = task.collate([examples[i] for i in at], _pad(adapted), adapted.device)
+            for key, values in task.score(adapted.model, batch).items():
+                found.setdefault(key, np.zeros((len(examples), *values.shape[1:]), values.dtype))[at] = values
     return found
+
+
+def evaluate_base(learner: TorchLearner) -> dict[str, Any]:
+    """Figures of the base alone, without any adapter, on the learner's examples."""
+    install(learner.adapted, learner.adapted.initial)
+    with disabled(learner.adapted.model):
+        return evaluate(learner.adapted, learner.task, learner.examples, learner.evaluation_batch_size)
+
+
+def sampled(adapted: AdaptedModel, task: Task, examples: Sequence[Encoded]) -> tuple[Sample, ...]:
+    """What the model now answers to each example; nothing where the task has no answers in words."""
+    if task.samples is None:
+        return ()
+    adapted.model.eval()
+    with torch.inference_mode(), _autocast(adapted):
+        return task.samples(adapted.model, adapted.tokenizer, examples)
 
 
 def fit_memory_bytes(learner: TorchLearner) -> int:
     """Bytes that training adds to the base.
 
-    They are the adapter, its gradient and AdamW's two moments, and what one batch of the learner's longest
-    texts keeps for the backward pass (measured, by a forward pass of such a batch).
+    They are the adapter, its gradient and AdamW's two moments, and what one batch of the learner's largest
+    examples keeps for the backward pass (measured, by a forward pass of such a batch).
     """
     adapted = learner.adapted
-    longest = sorted(learner.examples, key=lambda example: -len(example.tokens))[: learner.settings.batch_size]
-    batch = learner.task.collate(longest, int(adapted.tokenizer.pad_token_id), adapted.device)
+    longest = sorted(learner.examples, key=lambda example: -example.size)[: learner.settings.batch_size]
+    batch = learner.task.collate(longest, _pad(adapted), adapted.device)
     weights = {parameter.untyped_storage().data_ptr() for parameter in adapted.model.parameters()}
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.layout is not torch.strided:  # a sparse tensor has no storage of its own
+            kept[id(tensor)] = tensor.element_size() * tensor._nnz()
+            return tensor.detach()
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
@@ -243,11 +265,11 @@ def learning_rate_factor(settings: TrainingConfig, step: int, steps: int) -> flo
 
 
 def batches_from(
-    examples: Sequence[Example], batch_size: int, seed: int, partition: int, position: int
-) -> Iterator[list[Example]]:
+    examples: Sequence[Encoded], batch_size: int, seed: int, partition: int, position: int
+) -> Iterator[list[Encoded]]:
     """Batches without end, from the one numbered `position` on.
 
-    Every epoch goes through all examples in a new order; a batch holds texts of like length.
+    Every epoch goes through all examples in a new order; a batch holds examples of like size.
     """
     per_epoch = math.ceil(len(examples) / batch_size)
     epoch, skipped = divmod(position, per_epoch)
@@ -257,9 +279,9 @@ def batches_from(
         epoch, skipped = epoch + 1, 0
 
 
-def _epoch(examples: Sequence[Example], batch_size: int, random: np.random.Generator) -> list[np.ndarray]:
+def _epoch(examples: Sequence[Encoded], batch_size: int, random: np.random.Generator) -> list[np.ndarray]:
     order = random.permutation(len(examples))
-    lengths = np.array([len(examples[i].tokens) for i in order])
+    lengths = np.array([examples[i].size for i in order])
     window = _WINDOW_BATCHES * batch_size
     starts = range(0, len(order), window)
     order = np.concatenate([order[s : s + window][np.argsort(lengths[s : s + window], kind="stable")] for s in starts])
@@ -268,19 +290,19 @@ def _epoch(examples: Sequence[Example], batch_size: int, random: np.random.Gener
 
 
 def _accumulate(
-    learner: TorchLearner, batches: Iterator[list[Example]], scaler: torch.amp.GradScaler, seen: _Seen
+    learner: TorchLearner, batches: Iterator[list[Encoded]], scaler: torch.amp.GradScaler, seen: _Seen
 ) -> None:
     """Adds the gradients of one optimiser step, the mean over its micro-batches."""
     adapted, accumulation = learner.adapted, learner.settings.accumulation
-    pad = int(adapted.tokenizer.pad_token_id)
     for _ in range(accumulation):
         examples = next(batches)
-        batch = learner.task.collate(examples, pad, adapted.device)
+        batch = learner.task.collate(examples, _pad(adapted), adapted.device)
         with _autocast(adapted):
             loss = learner.task.loss(adapted.model, batch)
-        torch.autograd.backward(scaler.scale(loss / accumulation))
+            penalised = loss if adapted.penalty is None else loss + adapted.penalty()
+        torch.autograd.backward(scaler.scale(penalised / accumulation))
         seen.examples += len(examples)
-        seen.tokens += sum(len(example.tokens) for example in examples)
+        seen.tokens += sum(example.size for example in examples)
         seen.losses.append(loss.detach())
 
 
@@ -316,17 +338,20 @@ def _mean_loss(seen: _Seen, job: FitJob) -> float:
 
 
 def _groups(parameters: Mapping[str, nn.Parameter], learner: TorchLearner) -> list[dict[str, Any]]:
-    """Parameter groups of the adapter and of tensors trained whole (the head), each with its peak rate."""
-    settings = learner.settings
+    """Parameter groups by peak rate: of the adapter, of tensors trained whole (the head), and of those told otherwise.
+
+    Source: LoRA+, Hayou et al. 2024, section 4, where the family has rates of its own.
+    """
+    settings, rates = learner.settings, learner.adapted.family.rates
     whole = {
         f"{module.path}.{name}" for module in learner.spec.modules if module.kind == "full" for name, _ in module.shapes
     }
     head_rate = settings.head_learning_rate or settings.learning_rate
-    groups = [
-        ([p for key, p in parameters.items() if key not in whole], settings.learning_rate),
-        ([p for key, p in parameters.items() if key in whole], head_rate),
-    ]
-    return [{"params": found, "lr": rate, "peak": rate} for found, rate in groups if found]
+    groups: dict[float, list[nn.Parameter]] = {}
+    for key, parameter in parameters.items():
+        own = settings.learning_rate * rates.get(key.rpartition(".")[2], 1.0)
+        groups.setdefault(head_rate if key in whole else own, []).append(parameter)
+    return [{"params": found, "lr": rate, "peak": rate} for rate, found in groups.items()]
 
 
 def use_threads(threads: int) -> None:
@@ -336,15 +361,15 @@ def use_threads(threads: int) -> None:
 
 
 @contextlib.contextmanager
-def _only(adapted: AdaptedModel, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Inside, no tensor of the adapter but `parameters` takes a gradient."""
-    others = [binding.parameter for key, binding in adapted.bindings.items() if key not in parameters]
+def _without(adapted: AdaptedModel, frozen: Sequence[str]) -> Iterator[None]:
+    """Inside, the adapter's `frozen` tensors take no gradient."""
+    still = [parameter for key in frozen for parameter in adapted.bindings[key].parameters]
     try:
-        for parameter in others:
+        for parameter in still:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in others:
+        for parameter in still:
             parameter.requires_grad_(True)
 
 
@@ -354,6 +379,11 @@ def _randomness(seed: int, job: FitJob) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, job.round, job.partition, "dropout"))
         yield
+
+
+def _pad(adapted: AdaptedModel) -> int:
+    """The number that stands for padding; 0 where what reads the input is no tokenizer."""
+    return int(getattr(adapted.tokenizer, "pad_token_id", None) or 0)
 
 
 def _autocast(adapted: AdaptedModel) -> Any:

@@ -39,6 +39,54 @@ def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random decoder; its tokenizer has neither a pad token nor a chat template."""
+    from tests import tiny
+
+    return tiny.build_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same decoder, whose tokenizer has a chat template."""
+    from tests import tiny
+
+    return tiny.build_llama(tmp_path_factory.mktemp("tiny-chat"), chat=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random encoder and decoder."""
+    from tests import tiny
+
+    return tiny.build_t5(tmp_path_factory.mktemp("tiny-t5"))
+
+
+@pytest.fixture(scope="session")
+def tiny_answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of texts with answers."""
+    from tests import tiny
+
+    return tiny.write_answers(tmp_path_factory.mktemp("tiny-answers") / "rows.jsonl")
+
+
+@pytest.fixture(scope="session")
+def tiny_targets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of texts with targets."""
+    from tests import tiny
+
+    return tiny.write_answers(tmp_path_factory.mktemp("tiny-targets") / "rows.jsonl", role="target")
+
+
+@pytest.fixture(scope="session")
+def tiny_tags(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of words with tags."""
+    from tests import tiny
+
+    return tiny.write_tags(tmp_path_factory.mktemp("tiny-tags") / "rows.jsonl")
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tiny_model: Path, tiny_rows: Path) -> str:
     """The settings of a run of a second, as TOML."""
     return f"""

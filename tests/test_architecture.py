@@ -22,12 +22,14 @@ CONFIG = UPDATES | MECHANISMS | {"config"}
 STRATEGY = CONFIG | {"strategy"}
 WIRE = STRATEGY | {"wire"}
 RECORDS = {"memory", "checkpoint", "journal"}
-TORCH = {"bases", "models", "tasks", "training"}
+TORCH = {"adaptation", "bases", "models", "tasks", "training"}
 FEDERATION = WIRE | RECORDS | {"laws", "ranks", "requests", "client", "rounds"}
 EDGES = FEDERATION | TORCH | {"assets", "data"}
 COMPOSED = EDGES | {"experiment", "bounds", "runs", "report"}
 
 # Each room of fedpeft, and the other rooms that it may import.
+LAYERS = {"coordinates", "own_layers", "peft_layers", "penalties", "residual_layers", "sb_layers"}
+
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
@@ -53,10 +55,15 @@ ROOMS: dict[str, set[str]] = {
     "data": GROUND | {"config", "assets"},
     "residual_layers": ADAPTERS,
     "sb_layers": ADAPTERS,
+    "coordinates": ADAPTERS,
+    "peft_layers": ADAPTERS,
+    "penalties": ADAPTERS,
+    "own_layers": ADAPTERS,
     "bases": GROUND | {"config", "assets"},
-    "models": ADAPTERS | {"config", "bases", "residual_layers", "sb_layers"},
+    "adaptation": ADAPTERS | {"config", *LAYERS},
+    "models": ADAPTERS | {"config", "bases", "adaptation", *LAYERS},
     "tasks": ADAPTERS | {"config", "data"},
-    "training": WIRE | {"client", "data", "models", "pruning", "tasks"},
+    "training": WIRE | {"client", "data", "models", "own_layers", "pruning", "tasks"},
     "experiment": EDGES,
     "bounds": EDGES | {"experiment"},
     "runs": GROUND | {"config"},
@@ -75,11 +82,11 @@ ROOMS: dict[str, set[str]] = {
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "numpy": ("*",),
     "scipy": ("adapters", "merges"),
-    "torch": ("bases", "models", "residual_layers", "sb_layers", "tasks", "training"),
+    "torch": ("adaptation", "bases", "models", *sorted(LAYERS), "tasks", "training"),
     "transformers": ("bases", "models", "tasks"),
-    "peft": ("models", "residual_layers", "sb_layers"),
+    "peft": ("adaptation", "models", *sorted(LAYERS - {"own_layers"}), "own_layers/switch"),
+    "yaml": ("assets",),
     "safetensors": ("adapter_folders", "bases", "files", "models"),
-    "gguf": ("assets", "bases"),
     "huggingface_hub": ("bases", "data"),
     "datasets": ("data",),
     "pyarrow": ("data",),
@@ -221,11 +228,15 @@ def test_public_names_are_sorted() -> None:
 
 CLEAN = '"""What is here."""\n'
 PLANTED = [
-    ("fedpeft/codecs/dense.py", "import torch", "imports torch; torch lives in fedpeft/bases"),
+    ("fedpeft/codecs/dense.py", "import torch", "imports torch; torch lives in fedpeft/adaptation, fedpeft/bases"),
     ("fedpeft/codecs/dense.py", "from torch import nn", "imports torch"),
     ("fedpeft/codecs/dense.py", "def f():\n    import torch.nn", ":3 imports torch"),
-    ("fedpeft/training.py", "import transformers", "transformers lives in fedpeft/bases, fedpeft/models, fedpeft/tasks"),
-    ("fedpeft/training.py", "from peft import LoraConfig", "peft lives in fedpeft/models"),
+    (
+        "fedpeft/training.py",
+        "import transformers",
+        "transformers lives in fedpeft/bases, fedpeft/models, fedpeft/tasks",
+    ),
+    ("fedpeft/training.py", "from peft import LoraConfig", "peft lives in fedpeft/adaptation, fedpeft/models"),
     ("fedpeft/engines/local.py", "import flwr", "flwr lives in fedpeft/engines/flower*"),
     ("fedpeft/engines/flower.py", "import ray", "ray lives in fedpeft/engines/ray*"),
     ("fedpeft/cli.py", "import matplotlib.pyplot", "matplotlib lives in fedpeft/report"),
@@ -235,7 +246,7 @@ PLANTED = [
     ("fedpeft/wire.py", "import scipy.linalg", "scipy lives in fedpeft/adapters, fedpeft/merges"),
     ("fedpeft/residuals.py", "import scipy", "imports scipy"),
     ("fedpeft/wire.py", "import sklearn", "not in the table LIBRARIES"),
-    ("fedpeft/requests.py", "import peft", "peft lives in fedpeft/models"),
+    ("fedpeft/requests.py", "import peft", "peft lives in fedpeft/adaptation, fedpeft/models"),
     ("fedpeft/errors.py", "from fedpeft.adapters import AdapterSpec", "errors may import no other room"),
     ("fedpeft/adapters/lora.py", "from fedpeft.updates import Update", "imports fedpeft.updates"),
     ("fedpeft/codecs/dense.py", "from fedpeft.merges import Merge", "imports fedpeft.merges"),

@@ -79,3 +79,18 @@ def test_a_bound_leaves_the_shared_model_able_to_go_on(tiny_model: Path, tiny_ro
 def test_no_bounds_measures_nothing(tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> None:
     config = tiny.run_config(tiny_model, tiny_rows, tmp_path / "run")
     assert measure_bounds(config, (), lambda name: None) == []
+
+
+def test_where_a_task_has_no_head_the_frozen_model_is_the_base_alone(
+    tiny_llama: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    task = {"kind": "causal_lm", "causal_lm": {"max_tokens": 16}}
+    for family in ("lora", "prompt_tuning"):
+        config = tiny.run_config(tiny_llama, tiny_answers, tmp_path / "run", task=task, adapter={"family": family})
+        frozen, alone, pooled = measure_bounds(config, BOUNDS, lambda name: None)
+        assert frozen["name"] == "frozen model"
+        lora = tiny.run_config(tiny_llama, tiny_answers, tmp_path / "run", task=task, adapter={"family": "lora"})
+        untrained = evaluator_of(lora)(adapted_model(lora).initial)
+        assert frozen["evaluation"]["perplexity"] == pytest.approx(untrained["perplexity"], rel=1e-5)
+        assert alone["spread"] > 0
+        assert pooled["evaluation"]["perplexity"] < frozen["evaluation"]["perplexity"]

@@ -28,11 +28,11 @@ ROUND: dict[str, Any] = {
 }
 
 
-def shown(*, terminal: bool, quiet: bool = False, **changes: Any) -> str:
+def shown(*, terminal: bool, quiet: bool = False, metric: str = "", **changes: Any) -> str:
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=200, color_system=None)
     with watching(console, quiet=quiet) as watcher:
-        watcher.start(START, 0)
+        watcher.start({**START, "config": {**START["config"], "evaluation.metric": metric}}, 0)
         watcher.reply(1, 0, True)
         watcher.reply(1, 3, False)
         watcher.round({**ROUND, **changes})
@@ -61,6 +61,15 @@ def test_a_terminal_gets_a_bar_of_clients_bytes_and_time_left() -> None:
     text = shown(terminal=True)
     for part in ("3 rounds, 2 of 4 sites each", "2/6", "19.2 kB moved", "left", "measuring the bound: pooled data"):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "said"),
+    [("", 0.625, "held-out accuracy 62.5 %"), ("perplexity", 12.3456, "held-out perplexity 12.35  ")],
+)
+def test_a_round_tells_the_runs_own_metric(metric: str, value: float, said: str) -> None:
+    found = {"accuracy": 0.625, "perplexity": 12.3456, metric or "accuracy": value}
+    assert said in shown(terminal=False, metric=metric, evaluation=found)
 
 
 def test_quiet_says_nothing() -> None:

@@ -12,7 +12,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft import models
+from fedpeft import adaptation, models
 from fedpeft.adapter_folders import read_adapter_folder
 from fedpeft.adapters import AdapterState, as_lora, at_rank, factors, low_rank_modules, resized
 from fedpeft.config.adapters import LoraSb
@@ -130,7 +130,7 @@ def test_the_specification_does_not_depend_on_the_factors(tiny_model: Path) -> N
     """Another library's SVD may differ in the last bit; its node has the same digest all the same."""
     one, other = tiny.load(tiny_model, SCALED), tiny.load(tiny_model, SCALED)
     layer_at(other, QUERY).lora_A["default"].weight.data.neg_()
-    assert models._describe(other.model, other.family)[0].digest == one.spec.digest
+    assert adaptation.describe(other.model, other.family, other.head)[0].digest == one.spec.digest
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -290,7 +290,7 @@ def test_a_copy_of_the_model_stands_alone(tiny_model: Path) -> None:
             r"adapter\.lora_sb\.rank: expected at most 16, the smaller side of "
             r"bert\.encoder\.layer\.0\.attention\.self\.query, found 17",
         ),
-        (LoraSb(rank=2, target_modules=("nothing",)), r"adapter\.lora_sb: expected settings that fit Bert"),
+        (LoraSb(rank=2, target_modules=("nothing",)), r"adapter\.lora_sb\.target_modules: expected modules of Bert"),
     ],
 )
 def test_what_the_family_cannot_adapt_is_one_sentence(tiny_model: Path, settings: LoraSb, words: str) -> None:

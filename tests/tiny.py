@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
+from tokenizers import processors
 
 from fedpeft import experiment, models
 from fedpeft.adapters import AdapterState
@@ -58,6 +60,67 @@ def build(folder: Path, *, labels: int = 0, seed: int = 0) -> Path:
     return folder
 
 
+def build_llama(folder: Path, *, chat: bool = False, seed: int = 0) -> Path:
+    """A decoder and a tokenizer without a pad token; with `chat`, a template of `<s>` and who speaks."""
+    tokenizer = _word_tokenizer(bos_token="<s>", eos_token="</s>")
+    if chat:
+        tokenizer.chat_template = (
+            "{% for m in messages %}<s> {{ m['role'] }} : {{ m['content'] }} </s>{% endfor %}"
+            "{% if add_generation_prompt %}<s> assistant : {% endif %}"
+        )
+    settings = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return _save(transformers.LlamaForCausalLM, settings, tokenizer, folder, seed)
+
+
+def build_t5(folder: Path, *, seed: int = 0) -> Path:
+    """An encoder and a decoder, and a tokenizer that ends every text."""
+    tokenizer = _word_tokenizer(eos_token="</s>", pad_token="<pad>")
+    ends = [("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=ends)
+    settings = transformers.T5Config(
+        vocab_size=len(tokenizer),
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+        initializer_factor=1.0,
+    )
+    return _save(transformers.T5ForConditionalGeneration, settings, tokenizer, folder, seed)
+
+
+def _word_tokenizer(**special: str) -> Any:
+    words = ["<unk>", "<pad>", "<s>", "</s>", ":", "user", "assistant", *LABELS, *WORDS]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: at for at, word in enumerate(words)}, "<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", model_max_length=64, **special
+    )
+
+
+def _save(kind: Any, settings: Any, tokenizer: Any, folder: Path, seed: int) -> Path:
+    with torch.random.fork_rng(), contextlib.redirect_stderr(io.StringIO()):
+        torch.manual_seed(seed)
+        kind(settings).save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+    return folder
+
+
 def load(source: Path, family: str | Any = "lora", seed: int = 0, **model: Any) -> AdaptedModel:
     settings = FAMILIES[family] if isinstance(family, str) else family
     return models.load(ModelConfig(source=str(source), device="cpu", **model), settings.build(), HEAD, seed)
@@ -91,6 +154,30 @@ def write_rows(path: Path, rows: int = 90) -> Path:
         label = at % 3
         words = [WORDS[2 * label + int(random.integers(2))], *random.choice(WORDS[6:], 2 + at % 5), f"{at}"]
         lines.append({"text": " ".join(words), "label": LABELS[label], "kind": ("films", "shops")[at % 2]})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def write_answers(path: Path, rows: int = 60, role: str = "answer") -> Path:
+    """Rows of two groups, each a text and, under `role`, what is to be said of it: its first word tells."""
+    lines = []
+    for line in write_rows(path, rows).read_text().splitlines():
+        row = json.loads(line)
+        lines.append({"text": row["text"], role: f"the {row['label']}", "kind": row["kind"]})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def write_tags(path: Path, rows: int = 60) -> Path:
+    """Rows of two groups, each of words and their tags: an opinion may be of two words, a thing is of one."""
+    random, lines = rng(0, "tags"), []
+    for at in range(rows):
+        strong = [("very", "B-opinion")] if at % 2 else []
+        opinion = [*strong, (WORDS[int(random.integers(6))], "I-opinion" if strong else "B-opinion")]
+        filler = [(word, "O") for word in random.choice(["so", "the", "not", f"{at}"], 1 + at % 4)]
+        thing = [(WORDS[6 + int(random.integers(4))], "B-thing")]
+        words, tags = zip(*opinion, *filler, *thing, (f"{at}", "O"), strict=True)
+        lines.append({"words": words, "tags": tags, "kind": ("films", "shops")[at % 2]})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from fedpeft.errors import PlanError, sentence
+
+OWN_PREFIX = "fedpeft_"
+"""What the parameters of a layer that peft does not have begin with, after the path of the module they stand at."""
+
+OWN_KINDS: Mapping[str, str] = {
+    "bitfit": "selective",
+    "layer_norm": "selective",
+    "houlsby": "bottleneck",
+    "pfeiffer": "bottleneck",
+    "parallel": "bottleneck",
+    "ssf": "ssf",
+}
+"""The kind of module that each method makes which peft does not have."""
 
 
 @dataclass(frozen=True)
 class Family:
     """A way to adapt a frozen base.
 
-    `peft` are the arguments of the peft configuration that installs it (empty: nothing is installed, only
-    the head learns). `tensors` maps a component of peft's parameter names, or that and the last one with a dot
-    between, to the tensor's name in an `AdapterState`. `folded` names the tensor that carries the module's scale,
-    if any; `ranked` the one whose first axis is the rank. `prefix` is what peft puts before the base's own
-    parameter names.
+    `peft` are the arguments of the peft configuration that installs it (empty: peft installs nothing). `tensors` maps
+    a component of peft's parameter names, or that and the last one with a dot between, to the tensor's name in
+    an `AdapterState`. `folded` names the tensor that carries the module's scale, if any; `ranked` the one whose first
+    axis is the rank. `prefix` is what peft puts before the base's own parameter names. `own` are layers that peft
+    does not have, by method, with their settings; they stand under the peft adapter, if there is one. `rates` multiply
+    the learning rate of tensors, by name.
     """
 
     name: str
@@ -25,9 +41,11 @@ class Family:
     prefix: str = "base_model.model."
     folded: str = ""
     ranked: str = ""
+    own: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     def locate(self, parameter: str, adapter: str = "default") -> tuple[str, str, str]:
-        """(module path, kind, tensor) of one of peft's trainable parameter names.
+        """(module path, kind, tensor) of one of peft's trainable parameter names, or of an own layer's.
 
         A parameter that no component of the family claims is trained whole: kind `full`.
         """
@@ -36,7 +54,42 @@ class Family:
             at = parts.index("modules_to_save")
             return ".".join(parts[:at]), "full", ".".join(part for part in parts[at + 1 :] if part != adapter)
         for at, part in enumerate(parts):
+            if part.startswith(OWN_PREFIX):
+                kind = OWN_KINDS[part.removeprefix(OWN_PREFIX)]
+                return ".".join(parts[:at]), kind, ".".join(parts[at + 1 :])
             tensor = self.tensors.get(part) or self.tensors.get(f"{part}.{parts[-1]}")
             if tensor:
                 return ".".join(parts[:at]) or self.name, self.kind, tensor
         return ".".join(parts[:-1]), "full", parts[-1]
+
+
+def together(families: Sequence[Family]) -> Family:
+    """Several families on one base: layers of our own, and at most one that peft installs.
+
+    Raises:
+        PlanError: peft would have to install two of them.
+    """
+    by_peft = [family for family in families if family.peft]
+    if len(by_peft) > 1:
+        names = " and ".join(family.name for family in by_peft)
+        raise PlanError(
+            sentence(
+                "adapter.family",
+                expected="at most one family that peft installs",
+                found=names,
+                remedy="keep one of them, and add bitfit, layer_norm, ssf, houlsby, pfeiffer or parallel",
+            )
+        )
+    first = by_peft[0] if by_peft else families[0]
+    own = tuple(layers for family in families for layers in family.own)
+    return replace(first, name="+".join(family.name for family in families), own=own)
+
+
+def peft_family(name: str, peft_type: str, tensors: Mapping[str, str], kind: str = "", **arguments: Any) -> Family:
+    """A family that peft installs; its kind of module is called like it unless said otherwise."""
+    return Family(name, kind or name, {"peft_type": peft_type, **arguments}, tensors)
+
+
+def own_family(method: str, **settings: Any) -> Family:
+    """A family of layers that peft does not have."""
+    return Family(method, OWN_KINDS[method], {}, {}, prefix="", own=((method, settings),))

@@ -6,62 +6,36 @@ padding with zeros is not, because a product does not see rows of A that meet co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 
+from fedpeft.adapters.algebra import Factors, Named
+from fedpeft.adapters.kinds import INEXACT, KINDS
 from fedpeft.adapters.spec import AdapterSpec, AdapterState, ModuleSpec, Tensors
+from fedpeft.errors import AdapterError
 
 RANK_AXES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
-    "lora": {"A": (0,), "B": (1,)},
-    "lora_sb": {"A": (0,), "B": (1,), "R": (0, 1)},
+    name: kind.axes for name, kind in KINDS.items() if kind.product is not None
 }
 """The axes of each tensor that count the rank, by kind of module. They are named, never guessed from sizes."""
 
 
-FIXED: Mapping[str, tuple[str, ...]] = {"lora_sb": ("A", "B")}
-"""The tensors of a kind that nobody ever trains."""
-
-
-class Factors(NamedTuple):
-    """A product in factored form, float64: B `(..., out, rank)` and A `(..., rank, in)`."""
-
-    b: np.ndarray
-    a: np.ndarray
-
-    @property
-    def rank(self) -> int:
-        """Columns of B and rows of A."""
-        return int(self.a.shape[-2])
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the product."""
-        return int(self.b.shape[-2]), int(self.a.shape[-1])
-
-
-_PRODUCTS: Mapping[str, Callable[[Callable[[str], np.ndarray]], Factors]] = {
-    "lora": lambda tensor: Factors(tensor("B"), tensor("A")),
-    "lora_sb": lambda tensor: Factors(tensor("B") @ tensor("R"), tensor("A")),
-}
-
-
 def low_rank_modules(spec: AdapterSpec) -> tuple[ModuleSpec, ...]:
-    """The modules whose change of the weight is a product of two matrices, all tensors of it in `spec`."""
-    found = (module for module in spec.modules if module.kind in RANK_AXES)
+    """The modules whose effect is linear in a product of two matrices, all tensors of it in `spec`."""
     return tuple(
         module
-        for module in found
-        if {name for name, _ in module.shapes} == set(RANK_AXES[module.kind])
-        and all(len(shape) == 2 for _, shape in module.shapes)
+        for module in spec.modules
+        if module.kind in RANK_AXES
+        and KINDS[module.kind].whole([name for name, _ in module.shapes])
+        and all(len(shape) <= 2 for _, shape in module.shapes)
     )
 
 
 def fixed(spec: AdapterSpec) -> tuple[str, ...]:
     """The keys of the tensors that nobody ever trains."""
-    return tuple(f"{m.path}.{name}" for m in spec.modules for name, _ in m.shapes if name in FIXED.get(m.kind, ()))
+    return tuple(f"{m.path}.{name}" for m in spec.modules for name, _ in m.shapes if name in KINDS[m.kind].fixed)
 
 
 def factors(module: ModuleSpec, tensors: Tensors, delta: Tensors | None = None) -> Factors:
@@ -72,12 +46,29 @@ def factors(module: ModuleSpec, tensors: Tensors, delta: Tensors | None = None) 
         key = f"{module.path}.{name}"
         return np.add(tensors[key], moved.get(key, 0.0), dtype=np.float64)
 
-    return _PRODUCTS[module.kind](tensor)
+    product = KINDS[module.kind].product
+    if product is None:
+        raise AdapterError(f"{module.path}: expected a product, found kind {module.kind}, which has none; a bug.")
+    return product(tensor, [name for name, _ in module.shapes])
+
+
+def solved(module: ModuleSpec, tensors: Tensors, after: Factors) -> Named:
+    """The tensors with which a module does what `after` does, or what comes nearest, in float64, by name.
+
+    `tensors` are those that it has now: where they do not matter, they stay.
+
+    Raises:
+        AdapterError: no tensors of this kind can be found from what they shall do.
+    """
+    solve = KINDS[module.kind].solve
+    if solve is None:
+        raise AdapterError(f"{module.path}: expected a kind that takes new factors, found {module.kind}; a bug.")
+    return solve(after, lambda name: np.asarray(tensors[f"{module.path}.{name}"], np.float64), dict(module.shapes))
 
 
 def at_rank(spec: AdapterSpec, rank: int) -> AdapterSpec:
     """`spec` as a node of rank `rank` holds it: no module's rank is above it (0 leaves all as they are)."""
-    return at_ranks(spec, {m.path: min(m.rank, rank) for m in spec.modules}) if rank else spec
+    return at_ranks(spec, {path: min(own, rank) for path, own in ranks_of(spec).items()}) if rank else spec
 
 
 def at_ranks(spec: AdapterSpec, ranks: Mapping[str, int]) -> AdapterSpec:
@@ -85,9 +76,35 @@ def at_ranks(spec: AdapterSpec, ranks: Mapping[str, int]) -> AdapterSpec:
     return replace(spec, modules=tuple(_at(module, ranks.get(module.path, module.rank)) for module in spec.modules))
 
 
+def ranks_of(spec: AdapterSpec) -> dict[str, int]:
+    """The rank of each module, by path, of which it can be changed."""
+    return {module.path: module.rank for module in spec.modules if resizable(module)}
+
+
 def greatest_rank(spec: AdapterSpec) -> int:
-    """The greatest rank of a module; 0 where none has one."""
-    return max((module.rank for module in spec.modules), default=0)
+    """The greatest rank of a module of which the rank can be changed; 0 where there is none."""
+    return max(ranks_of(spec).values(), default=0)
+
+
+def inexact(spec: AdapterSpec) -> dict[str, str]:
+    """The kinds of modules in `spec` of which the mean of numbers is not the mean of what they do, and why."""
+    kinds = sorted({module.kind for module in spec.modules})
+    return {kind: KINDS[kind].why for kind in kinds if KINDS[kind].mean == INEXACT}
+
+
+def rank_of(module: ModuleSpec) -> int:
+    """The rank of what a module does, from its shapes; 0 where that is no product."""
+    kind, shapes = KINDS[module.kind], dict(module.shapes)
+    if kind.product is None or not kind.whole(shapes):
+        return 0
+    if any(len(shape) > 2 for shape in shapes.values()):  # a convolution, whose factors are tensors of more axes
+        return shapes["A"][0]
+    return kind.product(lambda name: np.zeros(shapes[name]), list(shapes)).rank
+
+
+def resizable(module: ModuleSpec) -> bool:
+    """Whether a node may hold the module at another rank."""
+    return any(RANK_AXES.get(module.kind, {}).values())
 
 
 def resized(tensors: Tensors, spec: AdapterSpec) -> dict[str, np.ndarray]:
@@ -107,17 +124,17 @@ def absorbed(adapter: AdapterState) -> AdapterState:
 
 
 def as_lora(state: AdapterState) -> AdapterState:
-    """The same adapter with every low-rank module as two factors, whatever it was trained as."""
+    """The same adapter with every module whose change of the weight is a product as two factors of it."""
     modules, tensors = [], dict(state.tensors)
     for module in state.spec.modules:
-        if module.kind in RANK_AXES and module.kind != "lora":
+        if KINDS[module.kind].weight and module.kind != "lora":
             product = factors(module, state.tensors)
             for name, _ in module.shapes:
                 del tensors[f"{module.path}.{name}"]
             pairs = {"A": product.a.astype(np.float32), "B": product.b.astype(np.float32)}
             tensors |= {f"{module.path}.{name}": value for name, value in pairs.items()}
             shapes = tuple((name, value.shape) for name, value in pairs.items())
-            modules.append(replace(module, kind="lora", shapes=shapes))
+            modules.append(replace(module, kind="lora", rank=product.rank, shapes=shapes))
         else:
             modules.append(module)
     family = "lora" if modules != list(state.spec.modules) else state.spec.family
@@ -125,11 +142,11 @@ def as_lora(state: AdapterState) -> AdapterState:
 
 
 def _at(module: ModuleSpec, rank: int) -> ModuleSpec:
-    axes = RANK_AXES.get(module.kind)
-    if axes is None or module.rank == rank:
+    if module.rank == rank or not resizable(module):
         return module
+    axes = RANK_AXES[module.kind]
     shapes = tuple(
-        (name, tuple(rank if axis in axes[name] else size for axis, size in enumerate(shape)))
+        (name, tuple(rank if axis in axes.get(name, ()) else size for axis, size in enumerate(shape)))
         for name, shape in module.shapes
     )
     return replace(module, rank=rank, shapes=shapes)

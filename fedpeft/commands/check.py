@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import typer
 
-from fedpeft.adapters import AdapterSpec, at_rank, at_ranks, greatest_rank, low_rank_modules
+from fedpeft.adapters import AdapterSpec, at_rank, at_ranks, greatest_rank, inexact, low_rank_modules
 from fedpeft.codecs import dense
 from fedpeft.config import RunConfig, load
 from fedpeft.experiment import (
@@ -86,6 +86,7 @@ def traffic(config: RunConfig, spec: AdapterSpec) -> _Rows:
     sizes = {rank: messages(strategy, at_rank(spec, rank)) for rank in _possible(rule, spec)}
     return (
         ("merge rule", config.aggregation.merge.name),
+        *(("averaged inexactly", f"{kind}: {why}") for kind, why in inexact(spec).items()),
         *_ranks(config.federation.ranks.name, rule, sizes),
         *_totals(config, rule, sizes),
         *_residual(parts_of(config).method, spec),
@@ -130,7 +131,7 @@ def _residual(method: Method, spec: AdapterSpec) -> _Rows:
     """That a rule lets the base take up what the adapter does not hold, and what that may cost."""
     if not method.merge.drifts:
         return ()
-    modules = [module for module in low_rank_modules(spec) if module.kind == method.kind]
+    modules = [module for module in low_rank_modules(spec) if module.kind in method.kinds]
     sides = {module.path: min(dict(module.shapes)["B"][0], dict(module.shapes)["A"][1]) for module in modules}
     ranks = {path: min(method.budget or side, side) for path, side in sides.items()}
     taken = spec.only(f"{module.path}.{name}" for module in modules for name, _ in module.shapes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedpeft.adapters import KINDS
 from fedpeft.config.fields import require, require_range
 from fedpeft.merges import (
     MISSING,
@@ -17,6 +18,9 @@ from fedpeft.merges import (
     truncated,
     with_residual,
 )
+
+SOLVED = tuple(name for name, kind in KINDS.items() if kind.solve)
+"""The kinds of modules that take new factors."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class HetLora(Weighted):
     def build(self) -> Method:
         """The method that these settings describe."""
         pruning = Pruning(self.keep, self.penalty) if self.keep < 1 else None
-        return Method(rule(self.weights, reweigh=by_product_norm), pruning=pruning)
+        return Method(rule(self.weights, reweigh=by_product_norm), pruning=pruning, kinds=("lora", "dora", "hira"))
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Flora(Averaging):
     def build(self) -> Method:
         """The method that these settings describe."""
         merge = rule(self.weights, restarted, missing=self.missing, gauge="free", whole=True, drifts=True)
-        return Method(merge, kind="lora", budget=self.budget)
+        return Method(merge, kinds=("lora",), budget=self.budget)
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class FedEx(Averaging):
     def build(self) -> Method:
         """The method that these settings describe."""
         merge = rule(self.weights, with_residual(self.rank), missing=self.missing, whole=True, drifts=True)
-        return Method(merge, kind="lora", budget=self.budget)
+        return Method(merge, kinds=("lora",), budget=self.budget)
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,8 @@ class FlexLora(Averaging):
 
     def build(self) -> Method:
         """The method that these settings describe."""
-        return Method(rule(self.weights, truncated, missing=self.missing, gauge="free", whole=True), kind="lora")
+        merge = rule(self.weights, truncated, missing=self.missing, gauge="free", whole=True)
+        return Method(merge, kinds=SOLVED)
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ class FfaLora(Weighted):
 
     def build(self) -> Method:
         """The method that these settings describe."""
-        return Method(rule(self.weights), frozen=("*.A",), kind="lora")
+        return Method(rule(self.weights), frozen=("*.A",), kinds=("lora", "dora", "hira"))
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ class RoLora(Weighted):
 
     def build(self) -> Method:
         """The method that these settings describe."""
-        return Method(rule(self.weights), alternating=("*.B", "*.A"), kind="lora")
+        return Method(rule(self.weights), alternating=("*.B", "*.A"), kinds=("lora", "hira"))
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ class FedSaLora(Weighted):
 
     def build(self) -> Method:
         """The method that these settings describe."""
-        return Method(rule(self.weights, missing="covered"), local=("*.B",), kind="lora")
+        return Method(rule(self.weights, missing="covered"), local=("*.B",), kinds=("lora", "hira"))
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,7 @@ class FedSb(Weighted):
 
     def build(self) -> Method:
         """The method that these settings describe."""
-        return Method(rule(self.weights), kind="lora_sb")
+        return Method(rule(self.weights), kinds=("lora_sb",))
 
 
 @dataclass(frozen=True)
@@ -182,4 +187,5 @@ class LoraFair(Averaging):
 
     def build(self) -> Method:
         """The method that these settings describe."""
-        return Method(rule(self.weights, corrected(self.strength), missing=self.missing, whole=True), kind="lora")
+        merge = rule(self.weights, corrected(self.strength), missing=self.missing, whole=True)
+        return Method(merge, kinds=("lora", "dora", "hira"))

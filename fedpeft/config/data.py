@@ -9,11 +9,22 @@ from fedpeft.config.fields import Choice, Table, choice, require, require_range
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a source's columns; an empty `group` means that rows have no natural group."""
+    """Names of a source's columns, by role; a task reads those of the roles that it asks for.
+
+    An empty `group` means that rows have no natural group.
+    """
 
     text: str = "text"
     label: str = "label"
     group: str = ""
+    answer: str = "answer"
+    target: str = "target"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    words: str = "words"
+    tags: str = "tags"
+    messages: str = "messages"
+    image: str = "image"
 
 
 @dataclass(frozen=True)

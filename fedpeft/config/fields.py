@@ -8,7 +8,7 @@ every member, so that a file can switch by one key and still hold what each memb
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,23 @@ from fedpeft.errors import ConfigError, sentence
 
 @dataclass(frozen=True)
 class Table:
-    """The one place where the names of a family of settings become dataclasses."""
+    """The one place where the names of a family of settings become dataclasses.
+
+    Where members can be in force together, `together(members)` makes one settings object of several. `refused`
+    are names that stand for nothing here, and why.
+    """
 
     key: str
     members: Mapping[str, type]
+    together: Callable[[tuple[Any, ...]], Any] | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def names(self, name: object) -> tuple[str, ...]:
+        """The members that `name` stands for: one, or several with + between; none where it stands for nothing."""
+        parts = tuple(part.strip() for part in name.split("+")) if isinstance(name, str) else ()
+        several = len(parts) > 1
+        known = all(part in self.members for part in parts) and len(set(parts)) == len(parts)
+        return parts if known and (self.together or not several) else ()
 
 
 @dataclass(frozen=True)
@@ -33,8 +46,14 @@ class Choice:
 
     @property
     def chosen(self) -> Any:
-        """The settings object of the member in force."""
-        return self.members[self.name]
+        """The settings object of the member in force, or of those that are in force together."""
+        members = tuple(self.members[name] for name in self.names)
+        return self.table.together(members) if len(members) > 1 and self.table.together else members[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The members in force."""
+        return self.table.names(self.name)
 
     def __hash__(self) -> int:
         return hash((self.name, tuple(sorted(self.members.items(), key=lambda item: item[0]))))
@@ -48,7 +67,8 @@ def choose(table: Table, name: str, **members: Any) -> Choice:
     """
     for asked in (name, *members):
         known = ", ".join(table.members)
-        require(asked in table.members, table.key, expected=f"one of {known}", found=asked, remedy="choose one of them")
+        remedy = table.refused.get(asked, "choose one of them")
+        require(bool(table.names(asked)), table.key, expected=f"one of {known}", found=asked, remedy=remedy)
     return Choice(table, name, {key: members.get(key, kind()) for key, kind in table.members.items()})
 
 
@@ -81,7 +101,7 @@ def walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, Choice):
             yield f"{key}.{value.table.key}", value.name
             for name, member in value.members.items():
-                if name == value.name or member != value.table.members[name]():
+                if name in value.names or member != value.table.members[name]():
                     yield from walk(member, f"{key}.{name}.")
         elif dataclasses.is_dataclass(value):
             yield from walk(value, f"{key}.")

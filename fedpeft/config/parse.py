@@ -186,12 +186,12 @@ def _build_choice(table: Table, value: Any, default: str, key: str) -> Choice:
     tree = _as_table({table.key: value} if isinstance(value, str) else value, key)
     _refuse_unknown(tree, {table.key: None, **table.members}, f"{key}.")
     name = tree.get(table.key, default)
-    if not isinstance(name, str) or name not in table.members:
+    if table.together and isinstance(name, list):
+        name = "+".join(str(part) for part in name)
+    if not table.names(name):
         expected = f"one of {', '.join(table.members)}"
-        near = _nearest(str(name), table.members)
-        raise ConfigError(
-            sentence(f"{key}.{table.key}", expected=expected, found=repr(name), remedy=f"did you mean {near!r}")
-        )
+        remedy = table.refused.get(str(name), f"did you mean {_nearest(str(name), table.members)!r}")
+        raise ConfigError(sentence(f"{key}.{table.key}", expected=expected, found=repr(name), remedy=remedy))
     members = {
         member: _build(kind, _as_table(tree.get(member, {}), f"{key}.{member}"), f"{key}.{member}.")
         for member, kind in table.members.items()

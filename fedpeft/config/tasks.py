@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 from fedpeft.config.fields import Table, require, require_range
 
@@ -20,9 +21,29 @@ class Head:
     labels: tuple[str, ...] = ()
 
 
+class TaskSettings(Protocol):
+    """What every task's settings say.
+
+    `roles` are those of the columns that the task reads of a row: the first tells rows apart, and `label`, where it
+    is among them, is what partitions skew. `metrics` are the figures that it measures, the main one first.
+    """
+
+    @property
+    def roles(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def metrics(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def head(self) -> Head: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class SequenceClassification:
     """One label for each text; `labels` in the order of the head's outputs, empty to take them from the data."""
+
+    roles: ClassVar[tuple[str, ...]] = ("text", "label")
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "loss")
 
     labels: tuple[str, ...] = ()
     max_tokens: int = 128
@@ -38,4 +59,115 @@ class SequenceClassification:
         return Head("AutoModelForSequenceClassification", "SEQ_CLS", self.labels)
 
 
-TASKS = Table("kind", {"sequence_classification": SequenceClassification})
+@dataclass(frozen=True)
+class TokenClassification:
+    """A tag for each word, in BIO: `O`, and `B-KIND` and `I-KIND` for the first and the other words of an entity.
+
+    `labels` in the order of the head's outputs, empty to take the kinds from the data.
+    """
+
+    roles: ClassVar[tuple[str, ...]] = ("words", "tags")
+    metrics: ClassVar[tuple[str, ...]] = ("entity_f1", "accuracy", "loss")
+
+    labels: tuple[str, ...] = ()
+    max_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        require(len(set(self.labels)) == len(self.labels), "labels", expected="distinct names", found=self.labels)
+        require(len(self.labels) != 1, "labels", expected="two names or more, or none", found=self.labels)
+        for label in self.labels:
+            require(is_bio(label), "labels", expected="O, B-KIND and I-KIND", found=label)
+        require_range(self, "max_tokens", 8)
+
+    @property
+    def head(self) -> Head:
+        """What the task needs of a base."""
+        return Head("AutoModelForTokenClassification", "TOKEN_CLS", self.labels)
+
+
+def is_bio(tag: str) -> bool:
+    """Whether `tag` is `O`, `B-KIND` or `I-KIND`."""
+    return tag == "O" or (tag[:2] in ("B-", "I-") and len(tag) > 2)
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """An answer to a prompt: instruction tuning of a decoder.
+
+    Rows have a `text` and an `answer`, or, with `form = "messages"`, a conversation whose last turn is the answer.
+    A prompt is put into words by the tokenizer's chat template, or, where it has none or `chat` is false, by
+    `template`, in which `{text}` stands for it. A prompt that is too long for `max_tokens` loses its beginning; an
+    answer is never cut, but refused where it alone is too long (a batch is as wide as its longest row, so a high
+    bound costs nothing where rows are short).
+
+    The loss is over the answer's tokens, and without `answer_only` over the prompt's too. With `packing`, the texts
+    of a batch are laid one after another into as few rows as hold them; each text still sees itself alone.
+    `sample_tokens` bounds the answers that samples show.
+    """
+
+    form: str = "prompt"
+    max_tokens: int = 512
+    answer_only: bool = True
+    packing: bool = False
+    chat: bool = True
+    template: str = "{text}\n"
+    sample_tokens: int = 64
+
+    metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "loss")
+
+    def __post_init__(self) -> None:
+        known = ("prompt", "messages")
+        require(self.form in known, "form", expected=f"one of {', '.join(known)}", found=self.form)
+        require(self.template.count("{text}") == 1, "template", expected="{text} once", found=self.template)
+        require_range(self, "max_tokens", 8)
+        require_range(self, "sample_tokens", 1)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """A prompt and its answer, or a conversation."""
+        return ("messages",) if self.form == "messages" else ("text", "answer")
+
+    @property
+    def head(self) -> Head:
+        """What the task needs of a base."""
+        return Head("AutoModelForCausalLM", "CAUSAL_LM")
+
+
+@dataclass(frozen=True)
+class Seq2Seq:
+    """A target text for each text, by an encoder and a decoder.
+
+    A text is cut at `max_tokens`; a target longer than `max_target_tokens` is refused. With `exact_match`, an
+    evaluation also answers every text greedily and counts the answers that are the target to the letter.
+    """
+
+    max_tokens: int = 512
+    max_target_tokens: int = 128
+    exact_match: bool = False
+
+    roles: ClassVar[tuple[str, ...]] = ("text", "target")
+
+    def __post_init__(self) -> None:
+        require_range(self, "max_tokens", 8)
+        require_range(self, "max_target_tokens", 2)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The figures that it measures, the main one first."""
+        return ("perplexity", "token_accuracy", "loss", *(("exact_match",) if self.exact_match else ()))
+
+    @property
+    def head(self) -> Head:
+        """What the task needs of a base."""
+        return Head("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM")
+
+
+TASKS = Table(
+    "kind",
+    {
+        "sequence_classification": SequenceClassification,
+        "token_classification": TokenClassification,
+        "causal_lm": CausalLM,
+        "seq2seq": Seq2Seq,
+    },
+)

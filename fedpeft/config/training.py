@@ -66,22 +66,34 @@ class EvaluationConfig:
     """When held-out rows are scored, and when to stop.
 
     The server scores its held-out rows every `every` rounds and after the last (0: only then). With
-    `on_clients`, the cohort scores the new adapter on its own rows too. After `patience` evaluations
-    without a better `metric` the run stops (0: never).
+    `on_clients`, the cohort scores the new adapter on its own rows too. `metric` is the figure that progress,
+    bounds and report show (empty: the task's main one); after `patience` evaluations without a better one the run
+    stops (0: never).
     """
 
     every: int = 1
     batch_size: int = 64
     on_clients: bool = False
-    metric: str = "accuracy"
+    metric: str = ""
     patience: int = 0
 
     def __post_init__(self) -> None:
         require_range(self, "every", 0)
         require_range(self, "batch_size", 1)
         require_range(self, "patience", 0)
-        require(self.metric in METRICS, "metric", expected=f"one of {', '.join(METRICS)}", found=self.metric)
+        known = ("", *METRICS)
+        require(self.metric in known, "metric", expected=f"one of {', '.join(METRICS)}", found=self.metric)
 
 
-METRICS = {"accuracy": 1, "macro_f1": 1, "loss": -1}
-"""Metrics that early stopping can watch, with the sign that makes larger better."""
+METRICS = {
+    "accuracy": 1,
+    "macro_f1": 1,
+    "loss": -1,
+    "perplexity": -1,
+    "token_accuracy": 1,
+    "entity_f1": 1,
+    "exact_match": 1,
+    "margin": 1,
+    "reward_accuracy": 1,
+}
+"""Metrics that a run can show and watch, with the sign that makes larger better; a task measures some of them."""

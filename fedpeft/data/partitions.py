@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedpeft.config.data import ByGroup, ByLabel, BySize, Dirichlet, Iid, PartitionConfig
-from fedpeft.data.sources import Row
+from fedpeft.data.fields import Row
 from fedpeft.errors import DataError, sentence
 from fedpeft.randomness import rng
 
@@ -46,8 +46,8 @@ def deal(rows: Sequence[Row], config: PartitionConfig, sites: int, seed: int) ->
 
 
 def histogram(rows: Sequence[Row], indices: Sequence[int]) -> dict[str, Any]:
-    """What one site holds: rows, rows of each label, and rows of each group (none if rows have no group)."""
-    labels = Counter(rows[index].label for index in indices)
+    """What one site holds: rows, rows of each label, and rows of each group (none if rows have none)."""
+    labels = Counter(rows[index].label for index in indices if rows[index].label)
     groups = Counter(rows[index].group for index in indices if rows[index].group)
     return {"rows": len(indices), "labels": dict(sorted(labels.items())), "groups": dict(sorted(groups.items()))}
 
@@ -80,7 +80,7 @@ def _dirichlet(rule: Dirichlet, task: _Task) -> list[list[int]]:
     Source: Yurochkin et al., arXiv:1905.12022, experiments: proportions of each label over the sites. The
     bounded redraw is ours.
     """
-    by_label = _indices(task.rows, lambda row: row.label)
+    by_label = _by_labels(task.rows)
     for attempt in range(MOST_DRAWS):
         generator = task.stream(attempt)
         dealt: list[list[int]] = [[] for _ in range(task.sites)]
@@ -97,7 +97,7 @@ def _dirichlet(rule: Dirichlet, task: _Task) -> list[list[int]]:
 @_deal.register
 def _by_label(rule: ByLabel, task: _Task) -> list[list[int]]:
     """Labels in a random order are handed round the sites, `labels_per_site` at a time."""
-    by_label = _indices(task.rows, lambda row: row.label)
+    by_label = _by_labels(task.rows)
     each = rule.labels_per_site
     if each > len(by_label) or each * task.sites < len(by_label):
         raise DataError(
@@ -144,6 +144,21 @@ def _by_size(rule: BySize, task: _Task) -> list[list[int]]:
     bounds = np.round(np.cumsum(shares / shares.sum())[:-1] * len(task.rows)).astype(int)
     order = task.stream().permutation(len(task.rows))
     return [part.tolist() for part in np.split(order, bounds)]
+
+
+def _by_labels(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """The indices of each label's rows; refused where there are no labels."""
+    found = _indices(rows, lambda row: row.label)
+    if "" in found:
+        raise DataError(
+            sentence(
+                "data.partition.by",
+                expected="rows with a label",
+                found="a task without labels",
+                remedy="choose iid, group or size",
+            )
+        )
+    return found
 
 
 def _indices(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[int]]:

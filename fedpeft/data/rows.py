@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedpeft.config.data import DataConfig
-from fedpeft.data.sources import Row, read
+from fedpeft.data.fields import TEXT_AND_LABEL, Row
+from fedpeft.data.sources import read
 from fedpeft.errors import DataError, sentence
 from fedpeft.randomness import rng
 
@@ -37,14 +38,16 @@ class Split:
     report: DataReport
 
 
-def prepare(config: DataConfig, seed: int) -> Split:
-    """The source's rows, repeats removed before anything is held out; the same for the same seed.
+def prepare(config: DataConfig, seed: int, roles: Sequence[str] = TEXT_AND_LABEL) -> Split:
+    """The source's rows, with the fields of `roles`, repeats removed before anything is held out.
+
+    The same seed gives the same rows.
 
     Raises:
         DataError: the source cannot be read, or has too few rows to hold any out.
         AssetError: a bundled data set is not in the cache.
     """
-    rows = read(config.origin.chosen)
+    rows = read(config.origin.chosen, roles)
     distinct = without_repeats(rows)
     train, test = split(distinct, config.test_fraction, config.most_test_rows, seed)
     if not test:

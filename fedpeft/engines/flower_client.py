@@ -8,6 +8,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -16,18 +17,19 @@ from fedpeft.assets import cache_folder
 from fedpeft.client import Site
 from fedpeft.config import RunConfig, digest
 from fedpeft.config.data import Bundled
-from fedpeft.data.rows import Row
+from fedpeft.data.fields import Row
 from fedpeft.engines.flower_grid import INTRODUCE, INTRODUCTION
 from fedpeft.engines.flower_messages import to_packet, to_records, to_settings
 from fedpeft.engines.local import answer
 from fedpeft.errors import ConfigError, FedPeftError, PacketError, sentence
-from fedpeft.experiment import SiteRows, site_of
+from fedpeft.experiment import SiteRows, SiteTask, site_of, task_of
 from fedpeft.memory import FolderMemory
+from fedpeft.tasks import Example, Task
 from fedpeft.training import training_memory_bytes, use_threads
 from fedpeft.version import VERSION
 from fedpeft.wire import Packet
 
-__all__ = ["MODEL_VARIABLE", "Row", "client_app", "on_node"]
+__all__ = ["MODEL_VARIABLE", "Example", "Own", "Row", "Task", "client_app", "on_node", "task_of"]
 
 MODEL_VARIABLE = "FEDPEFT_MODEL"
 """Names the folder of the base model on a node, where the server's settings name a folder of the server's."""
@@ -35,27 +37,37 @@ MODEL_VARIABLE = "FEDPEFT_MODEL"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def client_app(own_rows: SiteRows | None = None) -> ClientApp:
+class Own(NamedTuple):
+    """What a site brings along: `rows(config)` and `task(config)`; None for what the run's settings say."""
+
+    rows: SiteRows | None = None
+    task: SiteTask | None = None
+
+
+def client_app(own_rows: SiteRows | None = None, own_task: SiteTask | None = None) -> ClientApp:
     """A Flower client that trains on `own_rows(config)`, or on its share of the bundled data.
+
+    `own_task(config)` takes the place of the run's task on this site: it may read rows, make batches and take a loss
+    in its own way, for the head that the run's task has. What the server measures stays the run's.
 
     Whatever goes wrong for a reason that a person can mend is told to the server as a packet of kind `failure`.
     """
     app = ClientApp()
-    respond = functools.partial(_respond, own_rows)
+    respond = functools.partial(_respond, Own(own_rows, own_task))
     for register in (app.query, app.train, app.evaluate):
         register()(respond)
     return app
 
 
-def _respond(own_rows: SiteRows | None, message: Message, context: Context) -> Message:
+def _respond(own: Own, message: Message, context: Context) -> Message:
     try:
-        packet = _answer(own_rows, message, context)
+        packet = _answer(own, message, context)
     except FedPeftError as error:
         packet = Packet("failure", {"reason": str(error)})
     return Message(to_records(packet), reply_to=message)
 
 
-def _answer(own_rows: SiteRows | None, message: Message, context: Context) -> Packet:
+def _answer(own: Own, message: Message, context: Context) -> Packet:
     partition = _partition(context)
     request = to_packet(message.content)
     if request.kind == INTRODUCE:
@@ -63,8 +75,8 @@ def _answer(own_rows: SiteRows | None, message: Message, context: Context) -> Pa
     config = to_settings(message.content)
     use_threads(config.compute.threads)
     if _simulated():
-        return answer(request, _site(config, config, partition, own_rows), FolderMemory(Path(config.out) / "memories"))
-    site = _site(config, on_node(config, own_rows), partition, own_rows)
+        return answer(request, _site(config, config, partition, own), FolderMemory(Path(config.out) / "memories"))
+    site = _site(config, on_node(config, own.rows), partition, own)
     profiled = replace(site, rank=_node_rank(context), memory_bytes=training_memory_bytes(site.learner))
     return answer(request, profiled, FolderMemory(cache_folder() / "nodes"))
 
@@ -106,9 +118,9 @@ def _model_source(source: str) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _site(config: RunConfig, local: RunConfig, partition: int, own_rows: SiteRows | None) -> Site:
+def _site(config: RunConfig, local: RunConfig, partition: int, own: Own) -> Site:
     """The client of `partition`, kept for the life of the process; the server knows it by `config`."""
-    return replace(site_of(local, partition, own_rows), config=digest(config))
+    return replace(site_of(local, partition, own.rows, own.task), config=digest(config))
 
 
 def _partition(context: Context) -> int:

@@ -27,8 +27,8 @@ class Method:
     """A merge, and what of a low-rank module is trained and shared with it.
 
     `frozen` and `local` are patterns of tensors that are not trained, and that stay with their site; of the two
-    `alternating` ones the first is trained in odd rounds, the second in even ones. `kind` is the only kind of
-    low-rank module that the method is for (empty: any). `budget` bounds the rank of the residual (0: no bound).
+    `alternating` ones the first is trained in odd rounds, the second in even ones. `kinds` are those of
+    the modules that the method is for (none: all). `budget` bounds the rank of the residual (0: no bound).
     """
 
     merge: Merge
@@ -36,5 +36,5 @@ class Method:
     local: tuple[str, ...] = ()
     alternating: tuple[str, ...] = ()
     pruning: Pruning | None = None
-    kind: str = ""
+    kinds: tuple[str, ...] = ()
     budget: int = 0

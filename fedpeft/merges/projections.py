@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedpeft.adapters import Factors, ModuleSpec, Tensors, factors
+from fedpeft.adapters import Factors, ModuleSpec, Tensors, factors, solved
 from fedpeft.merges import products
 from fedpeft.randomness import rng
 from fedpeft.updates import ServerState
@@ -124,13 +124,13 @@ def corrected(strength: float) -> Project:
 
 
 def _moves(gathered: Gathered, module: ModuleSpec, after: Factors) -> dict[str, np.ndarray]:
-    """The deltas that bring a module's factors to `after`, padded to the module's rank."""
-    before = factors(module, gathered.state.adapter.tensors)
-    lacking = module.rank - after.rank
-    b = np.pad(after.b, [(0, 0), (0, lacking)]) - before.b
-    a = np.pad(after.a, [(0, lacking), (0, 0)]) - before.a
-    with np.errstate(over="ignore"):  # what is beyond float32 is refused where the adapter is, in words
-        return {f"{module.path}.B": b.astype(np.float32), f"{module.path}.A": a.astype(np.float32)}
+    """The deltas that make a module do what `after` does, or what comes nearest to it."""
+    tensors, found = gathered.state.adapter.tensors, {}
+    for name, value in solved(module, tensors, after).items():
+        key = f"{module.path}.{name}"
+        with np.errstate(over="ignore"):  # what is beyond float32 is refused where the adapter is, in words
+            found[key] = (value - tensors[key]).astype(np.float32)
+    return found
 
 
 def _fresh(state: ServerState, module: ModuleSpec) -> Factors:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
-from fedpeft.adapters import Factors, ModuleSpec, factors, norm
+from fedpeft.adapters import RANK_AXES, Factors, ModuleSpec, factors, norm
 from fedpeft.errors import FederationError
 from fedpeft.merges import exactness, padded, products
 from fedpeft.merges.merge import WEIGHTS, Contribution, Merge, Merged
@@ -71,7 +71,7 @@ def rule(
     def init(state: ServerState, keys: Collection[str], hidden: Collection[str]) -> _Fold:
         spec = state.adapter.spec
         modules = exactness.measured_modules(spec, hidden)
-        low = {f"{module.path}.{name}" for module in spec.modules if module.rank for name, _ in module.shapes}
+        low = {f"{m.path}.{name}" for m in spec.modules for name, axes in RANK_AXES.get(m.kind, {}).items() if axes}
         plain, low_rank = (
             padded.begin({key: spec.shapes[key] for key in keys if (key in low) is ranked}) for ranked in (False, True)
         )

@@ -14,7 +14,7 @@ _LEAST_DROPPED = 1e-6
 
 def merge_words(run: History) -> str:
     """What the journal's figures of the merges mean and what they come to; empty where there are none."""
-    said = (_verdict(run), _tail(run), _residual(run), _used(run))
+    said = (_verdict(run), _tail(run), _residual(run), _used(run), _flag(run))
     told = [sentence for sentence in said if sentence]
     return " ".join([_meaning(run), *told]) if told else ""
 
@@ -63,6 +63,13 @@ def _verdict(run: History) -> str:
         return f"Every error is below {100 * ROUNDING:g} %{exact}."
     most = f"; the greatest was {relative(greatest)}, in round {at}" if at != now else ""
     return f"In round {now} the error was {relative(last)}{most}."
+
+
+def _flag(run: History) -> str:
+    """What was averaged although it is not linear in its numbers; the journal says so from the start."""
+    flagged = (run.start.get("adapter") or {}).get("inexact") or {}
+    told = "; ".join(f"{kind}, because {why}" for kind, why in flagged.items())
+    return f"Averaged, though the mean of the numbers is not the mean of what they do: {told}." if told else ""
 
 
 def _tail(run: History) -> str:

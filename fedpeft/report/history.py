@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpeft.errors import RunFolderError, sentence
+from fedpeft.report.metrics import UNNAMED
 
 Record = Mapping[str, Any]
+
+_RANKED = ("lora", "lora_sb", "hira", "adalora")
+"""The families whose rank is that of what an adapter does."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,11 @@ class History:
     def config(self) -> Record:
         """The run's settings by dotted key."""
         return self.start.get("config") or {}
+
+    @property
+    def metric(self) -> str:
+        """The name of the figure that the run is told by."""
+        return str(self.config.get("evaluation.metric") or UNNAMED)
 
     @property
     def partitions(self) -> Sequence[Record]:
@@ -91,8 +100,9 @@ class History:
     @property
     def server_rank(self) -> int | None:
         """The rank of the server's adapter; None for a family without one."""
-        rank = self.config.get(f"adapter.{self.config.get('adapter.family')}.rank")
-        return int(rank) if rank else None
+        family = str(self.config.get("adapter.family")).split("+")[0]
+        rank = self.config.get(f"adapter.{family}.rank")
+        return int(rank) if rank and family in _RANKED else None
 
     @property
     def budget(self) -> int | None:

@@ -14,6 +14,7 @@ from fedpeft.report.drawing import Plot, inline_svg
 from fedpeft.report.exactness import merge_words, module_table, modules_title
 from fedpeft.report.history import History, Record, history
 from fedpeft.report.merge_plots import merge_plots
+from fedpeft.report.metrics import metric
 from fedpeft.report.plots import comparison_plots, round_plots
 from fedpeft.report.stylesheet import STYLESHEET
 from fedpeft.report.tables import (
@@ -25,7 +26,7 @@ from fedpeft.report.tables import (
     settings_table,
     summary_table,
 )
-from fedpeft.report.units import human_bytes, human_count, human_seconds, percent, points, times
+from fedpeft.report.units import human_bytes, human_count, human_seconds, percent, times
 
 _Figure = tuple[str, str, str]
 _MOST_OPEN_ROWS = 20
@@ -101,7 +102,7 @@ def render_comparison(runs: Mapping[str, Sequence[Record]]) -> str:
         '<p class="kicker">Federated fine-tuning · comparison</p>',
         f"<h1>{title}</h1>",
         _section("Result", _scroll(render_html(comparison_table(runs), "numbers"))),
-        _section("Accuracy", _plots(comparison_plots(runs))),
+        _section("Over rounds and over bytes", _plots(comparison_plots(runs))),
     ]
     if len(unlike.columns) > 1:
         parts.append(_section("Settings that differ", _scroll(render_html(unlike, "numbers"))))
@@ -127,31 +128,35 @@ def _state(run: History) -> str:
 
 
 def _lede(run: History) -> str:
-    accuracy = (run.evaluation or {}).get("accuracy")
+    score = (run.evaluation or {}).get(run.metric)
     sites, done = _plural(len(run.partitions), "site"), _plural(len(run.rounds), "round")
     if not run.rounds:
         return f"The run has started over {sites}; no round has ended yet."
-    if accuracy is None:
+    if score is None:
         return f"{done} over {sites} ended; nothing has been evaluated."
     rows = (run.evaluation or {}).get("rows")
     held_out = f"{rows:,} held-out rows" if rows else "the held-out rows"
     saved = f", sending {times(run.ratio)} less than the full model would have taken" if run.ratio else ""
-    reached = f"After {done} over {sites} the model classifies {percent(accuracy)} of {held_out} rightly"
-    return f"{reached}{saved}.{_gains(run, accuracy)}"
+    told = metric(run.metric)
+    reached = f"After {done} over {sites} the model {told.reached.format(told.text(score), held_out)}"
+    return f"{reached}{saved}.{_gains(run, score)}"
 
 
-def _gains(run: History, accuracy: float) -> str:
-    shares = {str(bound.get("name")): (bound.get("evaluation") or {}).get("accuracy") for bound in run.bounds}
-    told = [f"{points(accuracy - share)} “{name}”" for name, share in shares.items() if share is not None]
+def _gains(run: History, score: float) -> str:
+    others = {str(bound.get("name")): (bound.get("evaluation") or {}).get(run.metric) for bound in run.bounds}
+    shown = metric(run.metric)
+    told = [f"{shown.difference(score - other)} “{name}”" for name, other in others.items() if other is not None]
     return f" That is {', '.join(told[:-1])}{' and ' if told[1:] else ''}{told[-1]}." if told else ""
 
 
 def _key_figures(run: History) -> list[_Figure]:
     adapter, evaluation = run.start.get("adapter") or {}, run.evaluation or {}
     figures: list[_Figure] = []
-    if evaluation.get("accuracy") is not None:
-        score = evaluation.get("macro_f1")
-        figures.append(("Accuracy", percent(evaluation["accuracy"]), "" if score is None else f"macro F1 {score:.3f}"))
+    if evaluation.get(run.metric) is not None:
+        told, score = metric(run.metric), evaluation.get("macro_f1")
+        figures.append(
+            (told.heading, told.text(evaluation[run.metric]), "" if score is None else f"macro F1 {score:.3f}")
+        )
     figures.append(("Sites", str(len(run.partitions)), _cohort(run)))
     figures.append(("Rounds", str(len(run.rounds)), _planned(run)))
     if adapter.get("trainable_parameters"):

@@ -1,4 +1,4 @@
-"""What happened over the rounds: accuracy, loss, bytes, drift. Each function gives None where nothing was measured."""
+"""What happened over the rounds: metric, loss, bytes, drift. Each function gives None where nothing was measured."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib import ticker
+from matplotlib.axes import Axes
 
 from fedpeft.report import drawing, series
 from fedpeft.report.drawing import BOUND_DASHES, FAINT, FEDERATION, INK, PALETTE, Plot
 from fedpeft.report.history import History, Record, history
 from fedpeft.report.merge_plots import merge_plots
+from fedpeft.report.metrics import metric
 from fedpeft.report.sites import participation_plot, partition_plot
-from fedpeft.report.units import human_bytes, percent, times
+from fedpeft.report.tables import common_metric
+from fedpeft.report.units import human_bytes, times
 
 
 def plots(records: Sequence[Record]) -> list[Plot]:
@@ -30,8 +33,8 @@ def plots(records: Sequence[Record]) -> list[Plot]:
 def round_plots(run: History) -> list[Plot]:
     """What happened round by round and site by site."""
     makers = (
-        accuracy_plot,
-        group_accuracy_plot,
+        metric_plot,
+        group_metric_plot,
         loss_plot,
         drift_plot,
         round_bytes_plot,
@@ -42,36 +45,37 @@ def round_plots(run: History) -> list[Plot]:
     return [plot for plot in (maker(run) for maker in makers) if plot is not None]
 
 
-def accuracy_plot(run: History) -> Plot | None:
-    """Held-out accuracy after each evaluated round, the bounds as horizontal lines."""
+def metric_plot(run: History) -> Plot | None:
+    """The run's metric on held-out rows after each evaluated round, the bounds as horizontal lines."""
     on_sites = [record for record in run.rounds if record.get("client_evaluation")]
     if not run.evaluated and not on_sites:
         return None
+    told = metric(run.metric)
     with drawing.style():
         figure = drawing.new_figure()
         axes = figure.subplots()
         handles = {}
         if run.evaluated:
-            handles["federation"] = series.line(axes, run.evaluated, _evaluated("accuracy"), FEDERATION)
+            handles["federation"] = series.line(axes, run.evaluated, _evaluated(run.metric), FEDERATION)
         if on_sites:
             name = "federation, on the sites' own rows"
             handles[name] = series.line(
-                axes, on_sites, _evaluated("accuracy", "client_evaluation"), FAINT, linestyle=":"
+                axes, on_sites, _evaluated(run.metric, "client_evaluation"), FAINT, linestyle=":"
             )
         for row, dashes in zip(run.bounds, itertools.cycle(BOUND_DASHES)):
-            accuracy = (row.get("evaluation") or {}).get("accuracy")
-            if accuracy is not None:
-                bound = axes.axhline(accuracy, color=INK, linestyle=dashes, linewidth=1.1)
-                handles[f"{row.get('name')}: {percent(accuracy)}"] = bound
-        drawing.percent_axis(axes)
+            score = (row.get("evaluation") or {}).get(run.metric)
+            if score is not None:
+                bound = axes.axhline(score, color=INK, linestyle=dashes, linewidth=1.1)
+                handles[f"{row.get('name')}: {told.text(score)}"] = bound
+        _metric_axis(axes, run.metric)
         drawing.rounds_axis(axes, series.numbers(run.rounds))
         drawing.legend(figure, list(handles.values()), list(handles), columns=1)
     bounds = "; broken lines: the bounds, which no round changes" if run.bounds else ""
-    return Plot("accuracy", "Accuracy", f"Share of rows classified rightly after each round{bounds}.", figure)
+    return Plot(_name(run.metric), told.heading, f"{told.caption} after each round{bounds}.", figure)
 
 
-def group_accuracy_plot(run: History) -> Plot | None:
-    """Held-out accuracy of each group after each evaluated round."""
+def group_metric_plot(run: History) -> Plot | None:
+    """The run's metric on the held-out rows of each group after each evaluated round."""
     seen = {name for record in run.evaluated for name in record["evaluation"].get("groups") or {}}
     if not seen:
         return None
@@ -79,15 +83,15 @@ def group_accuracy_plot(run: History) -> Plot | None:
         figure = drawing.new_figure()
         axes = figure.subplots()
         handles = {
-            name: series.line(axes, run.evaluated, _group_accuracy(name), color)
+            name: series.line(axes, run.evaluated, _of_group(name, run.metric), color)
             for name, color in zip(sorted(seen), itertools.cycle(PALETTE))
         }
-        handles["all rows"] = series.line(axes, run.evaluated, _evaluated("accuracy"), FAINT, linestyle="--", marker="")
-        drawing.percent_axis(axes)
+        handles["all rows"] = series.line(axes, run.evaluated, _evaluated(run.metric), FAINT, linestyle="--", marker="")
+        _metric_axis(axes, run.metric)
         drawing.rounds_axis(axes, series.numbers(run.rounds))
         drawing.legend(figure, list(handles.values()), list(handles), columns=3)
     caption = "The same model on the held-out rows of each group; a spread means that it serves some better."
-    return Plot("group-accuracy", "Accuracy by group", caption, figure)
+    return Plot(f"group-{_name(run.metric)}", f"{metric(run.metric).heading} by group", caption, figure)
 
 
 def loss_plot(run: History) -> Plot | None:
@@ -147,7 +151,7 @@ def total_bytes_plot(run: History) -> Plot | None:
 
 
 def comparison_plots(runs: Mapping[str, Sequence[Record]]) -> list[Plot]:
-    """Accuracy over rounds and over bytes, one line a run.
+    """The first run's metric over rounds and over bytes, one line a run.
 
     Raises:
         RunFolderError: a journal does not begin with a start line.
@@ -156,15 +160,26 @@ def comparison_plots(runs: Mapping[str, Sequence[Record]]) -> list[Plot]:
     told = {name: run for name, run in told.items() if run.evaluated}
     if not told:
         return []
-    by_round = {name: series.points(run.evaluated, _evaluated("accuracy")) for name, run in told.items()}
-    by_bytes = {name: _accuracy_over_bytes(run) for name, run in told.items()}
+    key = common_metric(told)
+    shown = metric(key)
+    by_round = {name: series.points(run.evaluated, _evaluated(key)) for name, run in told.items()}
+    by_bytes = {name: _over_bytes(run, key) for name, run in told.items()}
+    caption = f"{shown.caption}, on held-out rows after each round."
     return [
-        _comparison("accuracy", "Accuracy over rounds", "Held-out accuracy after each round.", by_round),
-        _comparison("accuracy-bytes", "Accuracy over bytes", "The same curves against all bytes sent.", by_bytes),
+        _comparison(key, _name(key), f"{shown.heading} over rounds", caption, by_round),
+        _comparison(
+            key,
+            f"{_name(key)}-bytes",
+            f"{shown.heading} over bytes",
+            "The same curves against all bytes sent.",
+            by_bytes,
+        ),
     ]
 
 
-def _comparison(name: str, title: str, caption: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> Plot:
+def _comparison(
+    key: str, name: str, title: str, caption: str, lines: Mapping[str, Sequence[tuple[float, float]]]
+) -> Plot:
     with drawing.style():
         figure = drawing.new_figure(3.4)
         axes = figure.subplots()
@@ -173,8 +188,8 @@ def _comparison(name: str, title: str, caption: str, lines: Mapping[str, Sequenc
             axes.plot(*series.columns(points), color=color, linestyle=dash, marker=drawing.dots(points))[0]
             for points, color, dash in zip(lines.values(), itertools.cycle(PALETTE), itertools.cycle(dashes))
         ]
-        drawing.percent_axis(axes)
-        if name == "accuracy":
+        _metric_axis(axes, key)
+        if name == _name(key):
             drawing.rounds_axis(axes, [int(number) for points in lines.values() for number, _ in points])
         else:
             axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
@@ -214,16 +229,26 @@ def _evaluated(key: str, where: str = "evaluation") -> Any:
     return lambda record: record[where].get(key)
 
 
-def _group_accuracy(name: str) -> Any:
-    return lambda record: ((record["evaluation"].get("groups") or {}).get(name) or {}).get("accuracy")
+def _of_group(name: str, key: str) -> Any:
+    return lambda record: ((record["evaluation"].get("groups") or {}).get(name) or {}).get(key)
 
 
-def _accuracy_over_bytes(run: History) -> list[tuple[float, float]]:
+def _over_bytes(run: History, key: str) -> list[tuple[float, float]]:
     sent = itertools.accumulate(
         (record.get("bytes_up") or 0) + (record.get("bytes_down") or 0) for record in run.rounds
     )
     totals = dict(zip(series.numbers(run.rounds), sent, strict=True))
-    return [(totals[int(number)], value) for number, value in series.points(run.evaluated, _evaluated("accuracy"))]
+    return [(totals[int(number)], value) for number, value in series.points(run.evaluated, _evaluated(key))]
+
+
+def _name(key: str) -> str:
+    """The name of the metric's plot; the losses have one of their own."""
+    return "held-out-loss" if key == "loss" else key.replace("_", "-")
+
+
+def _metric_axis(axes: Axes, key: str) -> None:
+    if metric(key).share:
+        drawing.percent_axis(axes)
 
 
 def _client_norms(record: Record) -> list[float]:

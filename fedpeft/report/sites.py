@@ -27,8 +27,11 @@ def partition_picture(partitions: Sequence[Record], labels: Sequence[str]) -> Fi
 
     `partitions` are the start line's: `{"partition": 0, "rows": 300, "labels": {...}, "groups": {...}}`. Sites of one
     group stand together under the group's name; where sites hold several groups, a second panel shows the mix.
-    Label kinds beyond the nine most frequent are drawn as one, "others".
+    Label kinds beyond the nine most frequent are drawn as one, "others"; rows without labels are one kind, "rows".
     """
+    labelled = any(partition.get("labels") for partition in partitions)
+    if not labelled:
+        partitions = [{**partition, "labels": {"rows": partition.get("rows") or 0}} for partition in partitions]
     clusters = _clusters(partitions)
     mixed = clusters is None and any(partition.get("groups") for partition in partitions)
     order = clusters or [("", sorted(partitions, key=lambda partition: int(partition["partition"])))]
@@ -37,11 +40,11 @@ def partition_picture(partitions: Sequence[Record], labels: Sequence[str]) -> Fi
         figure = drawing.new_figure(min(9.0, max(2.4, 1.1 + 0.19 * sites + 0.12 * len(order))))
         panels = figure.subplots(1, 2 if mixed else 1, sharey=True, squeeze=False)[0]
         places = _places(order)
-        kinds = _kinds([partition.get("labels") or {} for partition in partitions], labels)
+        kinds = _kinds([partition.get("labels") or {} for partition in partitions], labels if labelled else ())
         handles = _bars(panels[0], places, "labels", kinds, PALETTE)
         names = list(kinds)
         _name_sites(panels[0], order, places)
-        panels[0].set_xlabel("rows, by label")
+        panels[0].set_xlabel("rows, by label" if labelled else "rows")
         if mixed:
             groups = _kinds([partition.get("groups") or {} for partition in partitions], ())
             handles += _bars(panels[1], places, "groups", groups, PALETTE[::-1])
@@ -58,7 +61,9 @@ def partition_plot(run: History) -> Plot | None:
     figure = partition_picture(run.partitions, run.start.get("labels") or ())
     total = sum(int(partition.get("rows") or 0) for partition in run.partitions)
     sites = "One site holds" if len(run.partitions) == 1 else f"{len(run.partitions)} sites hold"
-    caption = f"{sites} {total:,} training rows; the colours of a bar are its labels."
+    labelled = any(partition.get("labels") for partition in run.partitions)
+    colours = "; the colours of a bar are its labels" if labelled else ""
+    caption = f"{sites} {total:,} training rows{colours}."
     return Plot("partitions", "Who holds what", caption, figure)
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpeft.report.history import History, Record, history
-from fedpeft.report.units import NOTHING, between, human_bytes, human_seconds, percent, times
+from fedpeft.report.metrics import UNNAMED, metric
+from fedpeft.report.units import NOTHING, between, human_bytes, human_seconds, times
 
 _NARROWEST = 9
 _WIDEST_NAME = 26
@@ -26,10 +27,10 @@ class Table:
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One line of the table a run ends with; None where a thing was not measured. Shares in [0, 1]."""
+    """One line of the table a run ends with; None where a thing was not measured. `score` is the run's metric."""
 
     name: str
-    accuracy: float | None
+    score: float | None
     spread: float | None
     groups: Mapping[str, float | None]
     bytes_up: int | None
@@ -45,26 +46,27 @@ def summary_rows(records: Sequence[Record]) -> tuple[SummaryRow, ...]:
         RunFolderError: the journal does not begin with a start line.
     """
     run = history(records)
-    return (_federation(run), *(_bound(row) for row in run.bounds))
+    return (_federation(run, run.metric), *(_bound(row, run.metric) for row in run.bounds))
 
 
 def summary_table(records: Sequence[Record]) -> Table:
-    """The table a run ends with: accuracy overall and per group, bytes, how many times less than the full model, time.
+    """The table a run ends with: metric overall and per group, bytes, how many times less than the full model, time.
 
     Raises:
         RunFolderError: the journal does not begin with a start line.
     """
-    groups = history(records).groups
+    run = history(records)
+    groups, told = run.groups, metric(run.metric)
     rows = tuple(
         (
             row.name,
-            percent(row.accuracy, row.spread),
-            *(percent(row.groups.get(group)) for group in groups),
+            told.text(row.score, row.spread),
+            *(told.text(row.groups.get(group)) for group in groups),
             *_cost(row),
         )
         for row in summary_rows(records)
     )
-    return Table(("", "accuracy", *groups, "bytes up", "bytes down", "× less than full model", "time"), rows)
+    return Table(("", told.title, *groups, "bytes up", "bytes down", "× less than full model", "time"), rows)
 
 
 def comparison_table(runs: Mapping[str, Sequence[Record]]) -> Table:
@@ -75,13 +77,20 @@ def comparison_table(runs: Mapping[str, Sequence[Record]]) -> Table:
     """
     told = {name: history(records) for name, records in runs.items()}
     groups = sorted({group for run in told.values() for group in run.groups})
+    key = common_metric(told)
+    shown = metric(key)
     rows = []
     for name, run in told.items():
-        row = _federation(run)
-        shares = [percent(row.accuracy), *(percent(row.groups.get(group)) for group in groups)]
-        rows.append((name, _family(run), str(len(run.rounds)), *shares, *_cost(row)))
+        row = _federation(run, key)
+        scores = [shown.text(row.score), *(shown.text(row.groups.get(group)) for group in groups)]
+        rows.append((name, _family(run), str(len(run.rounds)), *scores, *_cost(row)))
     cost = ("bytes up", "bytes down", "× less than full model", "time")
-    return Table(("", "adapter", "rounds", "accuracy", *groups, *cost), tuple(rows))
+    return Table(("", "adapter", "rounds", shown.title, *groups, *cost), tuple(rows))
+
+
+def common_metric(runs: Mapping[str, History]) -> str:
+    """The figure by which several runs are told together: the first one's; a run that lacks it has none."""
+    return next((run.metric for run in runs.values()), UNNAMED)
 
 
 def difference_table(runs: Mapping[str, Sequence[Record]]) -> Table:
@@ -151,14 +160,14 @@ def render_html(table: Table, css_class: str = "numbers") -> str:
     return f'<table class="{html.escape(css_class)}"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>\n'
 
 
-def _federation(run: History) -> SummaryRow:
+def _federation(run: History, key: str) -> SummaryRow:
     evaluation = run.evaluation or {}
     going = "" if run.end else f", so far ({_rounds_done(run)})"
     return SummaryRow(
         name=f"federation{_merging(run)}{going}",
-        accuracy=evaluation.get("accuracy"),
+        score=evaluation.get(key),
         spread=None,
-        groups=_group_accuracy(evaluation),
+        groups=_group_scores(evaluation, key),
         bytes_up=run.bytes_up,
         bytes_down=run.bytes_down,
         ratio=run.ratio,
@@ -173,13 +182,13 @@ def _merging(run: History) -> str:
     return f" ({told})" if told else ""
 
 
-def _bound(row: Record) -> SummaryRow:
+def _bound(row: Record, key: str) -> SummaryRow:
     evaluation = row.get("evaluation") or {}
     return SummaryRow(
         name=_text(row, "name"),
-        accuracy=evaluation.get("accuracy"),
+        score=evaluation.get(key),
         spread=row.get("spread"),
-        groups=_group_accuracy(evaluation),
+        groups=_group_scores(evaluation, key),
         bytes_up=None,
         bytes_down=None,
         ratio=None,
@@ -192,8 +201,8 @@ def _rounds_done(run: History) -> str:
     return f"round {done} of {planned}" if planned else f"round {done}"
 
 
-def _group_accuracy(evaluation: Record) -> dict[str, float | None]:
-    return {name: group.get("accuracy") for name, group in (evaluation.get("groups") or {}).items()}
+def _group_scores(evaluation: Record, key: str) -> dict[str, float | None]:
+    return {name: group.get(key) for name, group in (evaluation.get("groups") or {}).items()}
 
 
 def _cost(row: SummaryRow) -> tuple[str, str, str, str]:

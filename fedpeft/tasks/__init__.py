@@ -1,6 +1,7 @@
 """Tasks: what a model is trained to do, and how well it does it."""
 
-from fedpeft.tasks.sequence_classification import Example
-from fedpeft.tasks.task import Task, build_task, with_labels
+from fedpeft.tasks.examples import IGNORED, Encoded, Example
+from fedpeft.tasks.table import build_task, with_labels
+from fedpeft.tasks.task import Sample, Statistics, Task
 
-__all__ = ["Example", "Task", "build_task", "with_labels"]
+__all__ = ["IGNORED", "Encoded", "Example", "Sample", "Statistics", "Task", "build_task", "with_labels"]

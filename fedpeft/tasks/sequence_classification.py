@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,29 @@ from torch import nn
 from torch.nn import functional
 
 from fedpeft.config.tasks import SequenceClassification
-from fedpeft.data.rows import Row
+from fedpeft.data.fields import Row
 from fedpeft.errors import DataError, sentence
+from fedpeft.tasks.examples import Example, mask, padded
+from fedpeft.tasks.task import Statistics, Task
 
 
-@dataclass(frozen=True)
-class Example:
-    """A tokenised text: its token ids, the index of its label, and its natural group."""
+def build(settings: SequenceClassification) -> Task:
+    """The task that `settings` describe."""
+    return Task(
+        labels=settings.labels,
+        metric=settings.metrics[0],
+        require=lambda rows, place: require_labels(rows, settings, place),
+        encode=lambda rows, tokenizer, place: encode(rows, tokenizer, settings, place),
+        collate=collate,
+        loss=loss,
+        score=score,
+        figures=partial(figures, classes=len(settings.labels)),
+    )
 
-    tokens: tuple[int, ...]
-    label: int
-    group: str
+
+def complete(settings: SequenceClassification, rows: Sequence[Row]) -> SequenceClassification:
+    """The settings with the labels of `rows`, sorted, where they name none."""
+    return settings if settings.labels else replace(settings, labels=tuple(sorted({row.label for row in rows})))
 
 
 def encode(rows: Sequence[Row], tokenizer: Any, settings: SequenceClassification, place: str) -> tuple[Example, ...]:
@@ -56,15 +69,13 @@ def require_labels(rows: Sequence[Row], settings: SequenceClassification, place:
 
 def collate(examples: Sequence[Example], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
     """A batch padded to its longest text: `input_ids` and `attention_mask` (batch, tokens), `labels` (batch)."""
-    width = max(len(example.tokens) for example in examples)
-    ids = np.full((len(examples), width), pad, np.int64)
-    mask = np.zeros((len(examples), width), np.int64)
-    for at, example in enumerate(examples):
-        ids[at, : len(example.tokens)] = example.tokens
-        mask[at, : len(example.tokens)] = 1
+    texts = [example.tokens for example in examples]
     labels = np.array([example.label for example in examples], np.int64)
-    arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return {key: torch.from_numpy(array).to(device) for key, array in arrays.items()}
+    return {
+        "input_ids": padded(texts, pad, device),
+        "attention_mask": mask(texts, device),
+        "labels": torch.from_numpy(labels).to(device),
+    }
 
 
 def loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -72,22 +83,27 @@ def loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return functional.cross_entropy(_logits(model, batch), batch["labels"])
 
 
-def score(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """The cross-entropy and the predicted label of each text of a batch, both `(batch,)`."""
+def score(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Statistics:
+    """The cross-entropy `loss`, the `predicted` and the true `label` of each text of a batch, each `(batch,)`."""
     logits = _logits(model, batch)
     losses = functional.cross_entropy(logits, batch["labels"], reduction="none")
-    return losses.cpu().numpy().astype(np.float64), logits.argmax(-1).cpu().numpy()
+    return {
+        "loss": losses.cpu().numpy().astype(np.float64),
+        "predicted": logits.argmax(-1).cpu().numpy(),
+        "label": batch["labels"].cpu().numpy(),
+    }
 
 
-def figures(losses: np.ndarray, predicted: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
+def figures(statistics: Statistics, classes: int) -> dict[str, float]:
     """Mean loss, accuracy and macro F1 (over the classes that occur or are predicted), and the number of rows."""
+    labels = statistics["label"]
     confusion = np.zeros((classes, classes))
-    np.add.at(confusion, (labels, predicted), 1)
+    np.add.at(confusion, (labels, statistics["predicted"]), 1)
     hits, true, guessed = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     present = (true + guessed) > 0
     f1 = 2 * hits[present] / (true + guessed)[present]
     return {
-        "loss": float(losses.mean()),
+        "loss": float(statistics["loss"].mean()),
         "accuracy": float(hits.sum() / len(labels)),
         "macro_f1": float(f1.mean()),
         "rows": len(labels),

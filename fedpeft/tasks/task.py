@@ -3,72 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import singledispatch
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from fedpeft.config.tasks import SequenceClassification
-from fedpeft.data.rows import Row
-from fedpeft.tasks import sequence_classification
-from fedpeft.tasks.sequence_classification import Example
+from fedpeft.data.fields import Row
+from fedpeft.tasks.examples import Encoded
+
+Statistics = Mapping[str, np.ndarray]
+"""What was measured of examples one by one, by name: the first axis of each array is the example."""
+
+Batch = Mapping[str, torch.Tensor]
+"""What `collate` makes of examples, by the name that `loss` and `score` know it by."""
 
 
 class Task(NamedTuple):
     """From rows to a loss and figures.
 
+    `labels` are the outputs of the head in order, if it has any; `metric` names the main figure.
     `require(rows, place)` raises DataError for a row that the task cannot use; `encode(rows, tokenizer, place)`
-    tokenises once; `collate(examples, pad, device)` makes a batch;
-    `loss(model, batch)` is the mean over it; `score(model, batch)` gives losses and predictions one by one;
-    `figures(losses, predictions, labels)` are what a journal holds.
+    encodes once; `collate(examples, pad, device)` makes a batch, as wide as its longest example;
+    `loss(model, batch)` is a scalar, the mean over it; `score(model, batch)` gives statistics one by one;
+    `figures(statistics)` makes of those of many batches what a journal holds, `rows` and `loss` among it.
+    `samples(model, tokenizer, examples)`, where there is one, says for each example what the model answers;
+    `admit(model)`, where there is one, raises PlanError for a model that the task cannot be trained on.
+    The model is whatever peft made of the base, so a loss may also run it with its adapter switched off.
     """
 
     labels: tuple[str, ...]
+    metric: str
     require: Callable[[Sequence[Row], str], None]
-    encode: Callable[[Sequence[Row], Any, str], tuple[Example, ...]]
-    collate: Callable[[Sequence[Example], int, torch.device], dict[str, torch.Tensor]]
-    loss: Callable[[nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]
-    score: Callable[[nn.Module, Mapping[str, torch.Tensor]], tuple[np.ndarray, np.ndarray]]
-    figures: Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, float]]
+    encode: Callable[[Sequence[Row], Any, str], tuple[Any, ...]]
+    collate: Callable[[Sequence[Any], int, torch.device], Batch]
+    loss: Callable[[nn.Module, Batch], torch.Tensor]
+    score: Callable[[nn.Module, Batch], Statistics]
+    figures: Callable[[Statistics], dict[str, float]]
+    samples: Callable[[nn.Module, Any, Sequence[Any]], tuple[Sample, ...]] | None = None
+    admit: Callable[[nn.Module], None] | None = None
 
 
-@singledispatch
-def build_task(settings: object) -> Task:
-    """The task that `settings` describe."""
-    raise TypeError(f"no task for settings of type {type(settings).__name__}")
+class Sample(NamedTuple):
+    """What a model was given, what it was to answer, and what it answered."""
+
+    given: str
+    expected: str
+    answered: str
 
 
-@build_task.register
-def _(settings: SequenceClassification) -> Task:
-    def require(rows: Sequence[Row], place: str) -> None:
-        sequence_classification.require_labels(rows, settings, place)
+class Builder(NamedTuple):
+    """How settings become a task, and how what they leave to the data is filled in from rows."""
 
-    def encode(rows: Sequence[Row], tokenizer: Any, place: str) -> tuple[Example, ...]:
-        return sequence_classification.encode(rows, tokenizer, settings, place)
-
-    def figures(losses: np.ndarray, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        return sequence_classification.figures(losses, predicted, labels, len(settings.labels))
-
-    return Task(
-        settings.labels,
-        require,
-        encode,
-        sequence_classification.collate,
-        sequence_classification.loss,
-        sequence_classification.score,
-        figures,
-    )
+    build: Callable[[Any], Task]
+    complete: Callable[[Any, Sequence[Row]], Any] = lambda settings, rows: settings  # noqa: ARG005
 
 
-@singledispatch
-def with_labels(settings: object, rows: Sequence[Row]) -> object:
-    """The settings with what they leave to the data filled in from `rows`."""
-    raise TypeError(f"no task for settings of type {type(settings).__name__} ({len(rows)} rows)")
-
-
-@with_labels.register
-def _(settings: SequenceClassification, rows: Sequence[Row]) -> SequenceClassification:
-    return settings if settings.labels else replace(settings, labels=tuple(sorted({row.label for row in rows})))
+__all__ = ["Batch", "Builder", "Encoded", "Sample", "Statistics", "Task"]

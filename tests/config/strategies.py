@@ -10,8 +10,11 @@ from typing import Any
 from hypothesis import strategies as st
 
 from fedpeft.config import Choice, RunConfig
+from fedpeft.config.adapters import Lora
+from fedpeft.config.adapters.rotations import Hra
 from fedpeft.config.federation import RANKS, ByMemory, FederationConfig
 from fedpeft.config.fields import Table
+from fedpeft.config.tasks import TokenClassification
 from fedpeft.config.training import METRICS
 from fedpeft.merges import MISSING, SPACES, WEIGHTS
 from fedpeft.optimizers import CONVENTIONS
@@ -27,12 +30,21 @@ PLAIN: dict[Any, st.SearchStrategy[Any]] = {
 }
 # Settings whose values are bound more tightly than their type.
 BOUND: dict[str, st.SearchStrategy[Any]] = {
+    "activation": st.sampled_from(["relu", "gelu", "silu"]),
+    "alpha_pattern": st.sampled_from([(), ("query = 2.5",), ("layer.0.*=4", "value=8.0")]),
+    "block_size": st.integers(2, 40),
     "convention": st.sampled_from(sorted(CONVENTIONS)),
     "delimiter": st.characters(exclude_categories=("Cs",)),
     "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
+    "form": st.sampled_from(["prompt", "messages"]),
     "keep": st.floats(0.01, 1.0),
     "labels": st.lists(TEXTS, min_size=2, max_size=4, unique=True).map(tuple),
+    "max_target_tokens": st.integers(2, 512),
     "max_tokens": st.integers(8, 512),
+    "options": st.sampled_from([(), ("init_weights = true",), ('bias = "none"', "fan_in_fan_out=false")]),
+    "rank_pattern": st.sampled_from([(), ("query = 2",), ("layer.0.*=4", "value=8")]),
+    "tokens": st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True).map(tuple),
+    "variant": st.sampled_from(["road_1", "road_2", "road_4"]),
     "metric": st.sampled_from(sorted(METRICS)),
     "missing": st.sampled_from(MISSING),
     "name": st.from_regex(r"[a-z0-9_-]{1,8}", fullmatch=True),
@@ -41,6 +53,7 @@ BOUND: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(0, 2**63 - 1),
     "source": st.text(min_size=1, max_size=6),
     "space": st.sampled_from(SPACES),
+    "template": TEXTS.filter(lambda text: "{text}" not in text).map("{text}".__add__),
     "weights": st.sampled_from(sorted(WEIGHTS)),
 }
 
@@ -78,11 +91,14 @@ def _values(item: dataclasses.Field[Any], hint: Any) -> st.SearchStrategy[Any]:
     return BOUND.get(item.name, PLAIN[hint])
 
 
-def _choices(table: Table) -> st.SearchStrategy[Choice]:
-    members = st.fixed_dictionaries(
-        {name: st.one_of(st.builds(kind), settings_of(kind)) for name, kind in table.members.items()}
-    )
-    return st.builds(Choice, st.just(table), st.sampled_from(sorted(table.members)), members)
+@st.composite
+def _choices(draw: st.DrawFn, table: Table) -> Choice:
+    """Two members at most have settings other than their defaults, of which one or both may be in force."""
+    names = draw(st.lists(st.sampled_from(sorted(table.members)), min_size=1, max_size=2, unique=True))
+    members = {name: kind() for name, kind in table.members.items()}
+    members |= {name: draw(settings_of(table.members[name])) for name in names}
+    joined = "+".join(names) if table.together and draw(st.booleans()) else names[0]
+    return Choice(table, joined, members)
 
 
 @st.composite
@@ -105,5 +121,23 @@ def _by_memory(draw: st.DrawFn) -> ByMemory:
     return ByMemory(tuple(ranks), tuple(gigabytes))
 
 
-# Settings whose fields depend on one another.
-WHOLE: dict[type, Callable[[], st.SearchStrategy[Any]]] = {FederationConfig: _federations, ByMemory: _by_memory}
+def _token_classifications() -> st.SearchStrategy[TokenClassification]:
+    labels = st.sampled_from([(), ("O", "B-x", "I-x"), ("B-per-son", "O")])
+    return st.builds(TokenClassification, labels=labels, max_tokens=st.integers(8, 512))
+
+
+def _loras() -> st.SearchStrategy[Lora]:
+    hints = typing.get_type_hints(Lora)
+    given = {item.name: _values(item, hints[item.name]) for item in dataclasses.fields(Lora)}
+    options = st.sampled_from([(), ('init_lora_weights = "gaussian"',), ("lora_bias=false",)])
+    return st.builds(Lora, **{**given, "freeze_a": st.just(False), "options": options})
+
+
+# Settings whose fields depend on one another, or mean another thing than elsewhere.
+WHOLE: dict[type, Callable[[], st.SearchStrategy[Any]]] = {
+    FederationConfig: _federations,
+    ByMemory: _by_memory,
+    TokenClassification: _token_classifications,
+    Lora: _loras,
+    Hra: lambda: st.builds(Hra, rank=st.integers(1, 20).map(lambda half: 2 * half), layers=PLAIN[tuple[int, ...]]),
+}

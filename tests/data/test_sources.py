@@ -171,5 +171,5 @@ def test_a_bundled_name_that_is_unknown_is_one_sentence() -> None:
 
 @pytest.mark.assets
 def test_a_bundled_model_is_not_rows() -> None:
-    with pytest.raises(DataError, match="expected an asset that holds rows, found 'minilm'"):
+    with pytest.raises(AssetError, match="asset minilm: expected an asset that holds rows, found a model"):
         read(Bundled("minilm"))

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
 
 from fedpeft.config import RunConfig, digest, override, to_flat
-from fedpeft.engines.flower_client import MODEL_VARIABLE, Row, client_app, on_node
+from fedpeft.engines.flower_client import MODEL_VARIABLE, Row, Task, client_app, on_node, task_of
 from fedpeft.engines.flower_messages import to_packet, to_records
 from fedpeft.errors import PacketError
 from fedpeft.experiment import adapted_model
@@ -98,10 +99,10 @@ def described(
     def rows(config: RunConfig) -> list[Row]:
         return [Row("good film", "no"), Row("fine shop", "maybe")]
 
-    def describe(**node_config: int | str) -> Packet:
+    def describe(own_task: Callable[[RunConfig], Task] | None = None, **node_config: int | str) -> Packet:
         message = Message(to_records(request, to_flat(config)), 1, MessageType.QUERY)
         context = Context(1, 1, {"partition-id": 1, **node_config}, RecordDict(), {})
-        return to_packet(client_app(rows)(message, context).content)
+        return to_packet(client_app(rows, own_task)(message, context).content)
 
     return describe
 
@@ -117,6 +118,23 @@ def test_a_node_says_the_rank_that_it_was_started_with(
     memory = answer.manifest["memory_bytes"]
     assert type(memory) is int
     assert memory > 0
+
+
+def test_a_node_reads_its_rows_by_the_task_that_it_brings_along(described: Callable[..., Packet]) -> None:
+    seen: list[list[Row]] = []
+
+    def own_task(config: RunConfig) -> Task:
+        given = task_of(config)
+
+        def encode(rows: Sequence[Row], tokenizer: Any, place: str) -> tuple[Any, ...]:
+            seen.append(list(rows))
+            return given.encode(rows[:1], tokenizer, place)
+
+        return given._replace(encode=encode)
+
+    answer = described(own_task)
+    assert answer.kind == "description", answer.manifest.get("reason")
+    assert [[row.text for row in rows] for rows in seen] == [["good film", "fine shop"]]
 
 
 @pytest.mark.parametrize("rank", ["4", -1, 2.5, True])

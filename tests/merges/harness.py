@@ -220,7 +220,7 @@ def round_of(
     said = dict(seed=seed, weights=weights, done=done, fresh=fresh, residual=residual, still=still, **settings)
     made_by = f"round_of({name!r}, {layers}, {node_ranks}, {', '.join(f'{k}={v!r}' for k, v in said.items())})"
     method, random = method_of(name, weights=weights, **settings), rng(seed, "round")
-    spec = spec_of(layers, method.kind or "lora")
+    spec = spec_of(layers, method.kinds[0] if method.kinds else "lora")
     below, drift = {}, Drift()
     if residual and method.merge.drifts:
         width = [replace(layer, rank=residual) for layer in layers]
@@ -569,7 +569,7 @@ def federation(
 ) -> Federation:
     """Clients of a preset and a server whose adapter is fresh: it does nothing yet."""
     method = method_of(name, **settings)
-    spec = spec_of(layers, method.kind or "lora")
+    spec = spec_of(layers, method.kinds[0] if method.kinds else "lora")
     learners = {partition: Descent(partition, spec, examples=partition + 2) for partition in range(clients)}
     adapter = AdapterState(spec, drawn(spec, rng(0, "server"), fresh=True))
     strategy = strategy_of(method)

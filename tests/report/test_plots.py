@@ -12,10 +12,10 @@ from fedpeft.errors import FedPeftError
 from fedpeft.report.drawing import Plot, inline_svg, label, write_picture
 from fedpeft.report.history import history
 from fedpeft.report.plots import (
-    accuracy_plot,
     comparison_plots,
     drift_plot,
-    group_accuracy_plot,
+    group_metric_plot,
+    metric_plot,
     plots,
     round_plots,
 )
@@ -70,11 +70,11 @@ def test_the_same_journal_draws_the_same_svg(records):
 
 def test_accuracy_is_drawn_as_measured_with_a_line_for_each_bound(records):
     run = history(records)
-    curve, *bounds = accuracy_plot(run).figure.axes[0].lines
+    curve, *bounds = metric_plot(run).figure.axes[0].lines
     assert list(curve.get_xdata()) == list(range(1, 11))
     assert list(curve.get_ydata()) == [record["evaluation"]["accuracy"] for record in run.rounds]
     assert [line.get_ydata()[0] for line in bounds] == [0.602, 0.587, 0.741]
-    assert named(accuracy_plot(run).figure)[-1] == "pooled data: 74.1 %"
+    assert named(metric_plot(run).figure)[-1] == "pooled data: 74.1 %"
 
 
 def test_a_null_leaves_a_gap_and_no_warning(tell):
@@ -138,7 +138,7 @@ def test_any_name_can_be_drawn(name, records):
         for record in records[1:4]
     ]
     drawn = [Plot("sites", name, name, partition_picture(partitions, [name]))]
-    drawn.append(group_accuracy_plot(history([records[0], *rounds])))
+    drawn.append(group_metric_plot(history([records[0], *rounds])))
     for plot in drawn:
         ElementTree.fromstring(inline_svg(plot))
 

@@ -91,7 +91,7 @@ def test_the_table_a_run_ends_with(records):
 def test_a_run_that_is_going_is_told_from_its_rounds(tell):
     (row,) = summary_rows(tell(rounds=4, ended=False, bounds=False, failures=False))
     assert row.name == "federation, so far (round 4 of 4)"
-    assert row.accuracy == pytest.approx(0.73 - 0.28 / 5 + 0.008)
+    assert row.score == pytest.approx(0.73 - 0.28 / 5 + 0.008)
     assert (row.bytes_up, row.bytes_down) == (24 * 593_400, 24 * 593_700)
     assert row.ratio == pytest.approx(2 * 90_852_864 / (593_400 + 593_700))
     assert row.seconds == pytest.approx(4 * 9.4)

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from fedpeft.config.tasks import SequenceClassification
 from fedpeft.data.rows import Row
 from fedpeft.errors import DataError
-from fedpeft.tasks import Example
+from fedpeft.tasks import Example, Statistics, build_task, with_labels
 from fedpeft.tasks.sequence_classification import collate, encode, figures, loss, score
-from fedpeft.tasks.task import build_task, with_labels
 from tests import tiny
 
 SETTINGS = SequenceClassification(labels=("no", "maybe", "yes"), max_tokens=8)
@@ -64,24 +63,29 @@ def test_loss_and_score_by_hand() -> None:
     # Softmax of (0, ln 3) is (1/4, 3/4).
     model = Fixed([[0.0, math.log(3)], [0.0, math.log(3)]])
     batch = collate([Example((1,), 1, ""), Example((1,), 0, "")], 0, CPU)
-    losses, predicted = score(model, batch)
-    assert losses.tolist() == pytest.approx([math.log(4 / 3), math.log(4)], rel=1e-6)
-    assert predicted.tolist() == [1, 1]
+    found = score(model, batch)
+    assert found["loss"].tolist() == pytest.approx([math.log(4 / 3), math.log(4)], rel=1e-6)
+    assert found["predicted"].tolist() == [1, 1]
+    assert found["label"].tolist() == [1, 0]
     assert float(loss(model, batch)) == pytest.approx((math.log(4 / 3) + math.log(4)) / 2, rel=1e-6)
+
+
+def measured(losses: list[float], predicted: np.ndarray | list[int], labels: np.ndarray | list[int]) -> Statistics:
+    return {"loss": np.array(losses), "predicted": np.array(predicted), "label": np.array(labels)}
 
 
 def test_figures_by_hand() -> None:
     # Class 0: 1 hit of 2 true and 1 guessed, F1 = 2/3; class 1: 1 hit of 1 true and 2 guessed, 2/3; class 2: never.
-    found = figures(np.array([1.0, 2.0, 3.0]), np.array([0, 1, 1]), np.array([0, 0, 1]), 3)
+    found = figures(measured([1.0, 2.0, 3.0], [0, 1, 1], [0, 0, 1]), 3)
     assert found == {"loss": 2.0, "accuracy": pytest.approx(2 / 3), "macro_f1": pytest.approx(2 / 3), "rows": 3}
-    wrong = figures(np.array([1.0]), np.array([1]), np.array([0]), 3)
+    wrong = figures(measured([1.0], [1], [0]), 3)
     assert (wrong["accuracy"], wrong["macro_f1"]) == (0.0, 0.0)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1))
 def test_figures_are_between_nothing_and_all(pairs: list[tuple[int, int]]) -> None:
     predicted, labels = np.array(pairs).T
-    found = figures(np.zeros(len(pairs)), predicted, labels, 4)
+    found = figures(measured([0.0] * len(pairs), predicted, labels), 4)
     assert 0 <= found["macro_f1"] <= 1
     assert found["accuracy"] == pytest.approx(np.mean(predicted == labels))
     assert (found["accuracy"] == 1) == (found["macro_f1"] == 1)
