@@ -59,12 +59,12 @@ $(STAMP):
 	@if ! command -v nvidia-smi >/dev/null && $(BIN)/python -W ignore -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
 		$(SAY) "This PyTorch carries CUDA, which no GPU here can use; it works. For the smaller build: 'make help', TORCH_INDEX"; fi
 	@$(SAY) "Installing fedpeft and the libraries that constraints.txt pins"
-	@$(PIP) --editable '.[simulation,data,dev]'
+	@$(PIP) --editable '.[simulation,data,vision,quantised,dev]'
 	@rm -f .venv/.installed-* && touch $@
 
 assets: $(STAMP)
-	@$(SAY) "Fetching the demo's model and data, unless they are here"
-	@$(BIN)/fedpeft assets fetch demo
+	@$(SAY) "Fetching the models and data of demo and tests, unless they are here"
+	@for name in demo chat dinov2; do $(BIN)/fedpeft assets fetch $$name || exit; done
 
 browser:
 	@if command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; then :; \

@@ -13,15 +13,13 @@ from torch import nn
 
 from fedpeft import own_layers, peft_layers, sb_layers
 from fedpeft.adapters import AdapterSpec, Family, ModuleSpec, rank_of
+from fedpeft.base_weights import HEADS
 from fedpeft.config.tasks import Head
 from fedpeft.coordinates import COORDINATES, Coordinates, encode_prompts
 from fedpeft.errors import ModelError, sentence
 
 _HEADS_OF_PEFT = ("classifier", "score")
 """Names that transformers gives the task's own last layer, as peft knows them."""
-
-_HEADS = ("pre_classifier", *_HEADS_OF_PEFT)
-"""Names that transformers gives the layers that a task has of its own."""
 
 _WARNINGS = (
     "fan_in_fan_out is set to False",
@@ -124,13 +122,16 @@ def _peft_model(base: nn.Module, arguments: Mapping[str, Any]) -> nn.Module:
 
 def _heads(base: nn.Module, head: Head) -> list[str]:
     """The names of the task's own last layer, where it has one."""
-    return [name for name, _ in base.named_children() if name in _HEADS] if head.labels else []
+    return [name for name, _ in base.named_children() if name in HEADS] if head.labels else []
 
 
 def describe(
-    model: nn.Module, family: Family, head: Head
+    model: nn.Module, family: Family, head: Head, digest: str = ""
 ) -> tuple[AdapterSpec, dict[str, Binding], dict[str, Coordinates]]:
-    """The specification of the model's trainable tensors, where each of them is, and in which coordinates."""
+    """The specification of the model's trainable tensors, where each of them is, and in which coordinates.
+
+    `digest` tells the base from others (empty: it is taken from the weights as they are held).
+    """
     scales, own = _scales(model, family), set(own_layers.trainable(model))
     found: dict[tuple[str, str], dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -157,7 +158,7 @@ def describe(
             }
         bindings |= {f"{path}.{name}": binding for name, binding in bound.items()}
         modules.append(_module_spec(path, kind, shapes, family, scales.get(path, 1.0)))
-    spec = AdapterSpec(_base_digest(model), family.name, tuple(modules))
+    spec = AdapterSpec(digest or _base_digest(model), family.name, tuple(modules))
     return spec, {key: bindings[key] for key in spec.shapes}, coordinates
 
 

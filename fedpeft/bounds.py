@@ -12,6 +12,7 @@ import numpy as np
 from fedpeft.adapters import AdapterSpec, AdapterState
 from fedpeft.client import FitJob
 from fedpeft.config import RunConfig, choose
+from fedpeft.evaluation import evaluate_base
 from fedpeft.experiment import (
     adapted_model,
     deal_rows,
@@ -23,7 +24,6 @@ from fedpeft.experiment import (
     test_examples,
 )
 from fedpeft.tasks import Encoded
-from fedpeft.training import evaluate_base
 
 _POOLED, _FROZEN = -2, -3
 """Partition numbers under which the bounds draw their batches; no site has them."""
@@ -47,7 +47,9 @@ def frozen_head(config: RunConfig) -> Mapping[str, Any]:
     its own, there is nothing to train.
     """
     if not config.task.chosen.head.labels:
-        return {"name": "frozen model", "evaluation": evaluate_base(learner_of(config, test_examples(config)))}
+        bare = learner_of(config, test_examples(config))
+        found = evaluate_base(bare.adapted, bare.task, bare.examples, bare.evaluation_batch_size)
+        return {"name": "frozen model", "evaluation": found}
     rate = _HEAD_ALONE * (config.training.head_learning_rate or config.training.learning_rate)
     head = replace(
         config,

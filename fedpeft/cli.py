@@ -81,6 +81,18 @@ def check(config: ConfigPath, set_: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    set_: Overrides = None,
+    memory: Annotated[float, typer.Option(metavar="GB", help="What the node has (0: as this machine).")] = 0.0,
+) -> None:
+    """Say whether a node's memory will hold the training, and what would make it fit."""
+    from fedpeft.commands.plan import run_plan
+
+    run_plan(config, set_ or [], memory)
+
+
+@app.command()
 def methods(
     config: Annotated[
         Path | None, typer.Argument(help="Settings whose model the methods are tried on.", show_default=False)

@@ -19,12 +19,13 @@ from fedpeft.config.training import METRICS, ModelConfig
 from fedpeft.data.partitions import deal, histogram
 from fedpeft.data.rows import DataReport, Row, Split, prepare
 from fedpeft.errors import DataError, PlanError, sentence
+from fedpeft.evaluation import evaluate, sampled
 from fedpeft.laws import check
 from fedpeft.models import AdaptedModel, install, load, most_tokens
 from fedpeft.ranks import RankRule
 from fedpeft.strategy import Parts, Strategy, build
-from fedpeft.tasks import Encoded, Task, build_task, with_labels
-from fedpeft.training import TorchLearner, evaluate
+from fedpeft.tasks import Encoded, Sample, Task, build_task, with_labels
+from fedpeft.training import TorchLearner
 from fedpeft.wire import Session
 
 
@@ -211,6 +212,13 @@ def evaluator_of(config: RunConfig) -> rounds.Evaluate:
         return evaluate(learner.adapted, learner.task, learner.examples, learner.evaluation_batch_size)
 
     return score
+
+
+def samples_of(config: RunConfig, adapter: AdapterState, most: int) -> tuple[Sample, ...]:
+    """What the model answers with `adapter` to the first `most` held-out rows; nothing where a task has no words."""
+    learner = learner_of(config, test_examples(config)[:most])
+    install(learner.adapted, adapter)
+    return sampled(learner.adapted, learner.task, learner.examples)
 
 
 def site_examples(config: RunConfig, partition: int) -> tuple[Encoded, ...]:

@@ -20,7 +20,8 @@ from fedpeft import own_layers, penalties
 from fedpeft import residual_layers as residual
 from fedpeft.adaptation import Binding, adapt, describe
 from fedpeft.adapters import AdapterSpec, AdapterState, Family, at_ranks, low_rank_modules, ranks_of, resizable
-from fedpeft.bases import device_of, load_base, load_tokenizer, model_path
+from fedpeft.base_weights import placed
+from fedpeft.bases import device_of, digest_of, load_base, load_tokenizer, model_path
 from fedpeft.config.tasks import Head
 from fedpeft.config.training import ModelConfig
 from fedpeft.coordinates import Coordinates, put
@@ -65,11 +66,14 @@ def load(config: ModelConfig, family: Family, head: Head, seed: int) -> AdaptedM
     with _drawn_from(seed, "model"):
         tokenizer = load_tokenizer(config)
         base = load_base(config, head, int(tokenizer.pad_token_id))
-        base_parameters = sum(parameter.numel() for parameter in base.parameters())
+        base_parameters, digest = _count(base), digest_of(config, base)
         device = torch.device(device_of(config))
-        model = adapt(base.to(device), family, head, model_path(config)).to(device)
-    precision = getattr(torch, config.precision) if device.type == "cuda" else torch.float32
-    spec, bindings, coordinates = describe(model, family, head)
+        model = adapt(base if placed(config) else base.to(device), family, head, model_path(config))
+        if not placed(config):
+            model = model.to(device)
+        _train_in_float32(model)
+    precision = _precision(config, device)
+    spec, bindings, coordinates = describe(model, family, head, digest)
     initial = AdapterState(spec, _read(spec, bindings, coordinates))
     return AdaptedModel(
         model,
@@ -85,6 +89,27 @@ def load(config: ModelConfig, family: Family, head: Head, seed: int) -> AdaptedM
         coordinates,
         penalties.of(model, family),
     )
+
+
+def _count(base: nn.Module) -> int:
+    """The base's parameters, whatever format they are held in."""
+    counts: Any = getattr(base, "num_parameters", None)
+    return int(counts()) if counts else sum(parameter.numel() for parameter in base.parameters())
+
+
+def _train_in_float32(model: nn.Module) -> None:
+    """What is trained is in float32, whatever format the base is held in."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+
+
+def _precision(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The type that is computed in: on a CPU that of the base's weights, which meet trained ones in float32."""
+    if device.type == "cuda":
+        found: torch.dtype = getattr(torch, config.precision)
+        return found
+    return torch.bfloat16 if config.weights == "bfloat16" else torch.float32
 
 
 def most_tokens(adapted: AdaptedModel) -> int:

@@ -43,6 +43,15 @@ def require_arguments(arguments: Mapping[str, Any], family: Family) -> None:
     """Raises ModelError for an argument that peft's configuration of this family does not have."""
     config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[arguments["peft_type"]]
     known = {item.name for item in fields(config)}
+    if arguments.get("target_modules") == "all-linear" and "exclude_modules" in arguments.keys() - known:
+        raise ModelError(
+            sentence(
+                f"adapter.{family.name}.target_modules",
+                expected="names of modules, because peft cannot leave the task's own last layer out for this family",
+                found="'all-linear'",
+                remedy="name them",
+            )
+        )
     for name in arguments:
         if name not in known and arguments[name] is not None:
             near = get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -114,11 +123,21 @@ def refusal(base: nn.Module, family: Family, arguments: Mapping[str, Any], error
                 remedy=f"the nearest are {', '.join(near)}",
             )
         )
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    if first.startswith("Target module ") and "(" in first:
+        return ModelError(
+            sentence(
+                f"{place}.target_modules",
+                expected="modules that this family can be put on",
+                found=first.removeprefix("Target module ").partition("(")[0],
+                remedy="name others, or leave out the method that is on them already",
+            )
+        )
     return ModelError(
         sentence(
             place,
             expected=f"settings that fit {type(base).__name__}",
-            found=(str(error).splitlines() or [type(error).__name__])[0],
+            found=first,
             remedy=f"name target_modules that this model has, such as {', '.join(there[:6])}",
         )
     )
@@ -128,6 +147,8 @@ def _names(base: nn.Module) -> list[str]:
     """The last components of the paths of modules that hold a matrix, the most frequent first."""
     named = base.named_modules()
     counts = Counter(
-        name.rpartition(".")[2] for name, module in named if getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        name.removesuffix(".base_layer").rpartition(".")[2]
+        for name, module in named
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2
     )
     return [name for name, _ in counts.most_common()]

@@ -1,4 +1,4 @@
-"""Local training and evaluation of an adapter on one site's examples."""
+"""Local training of an adapter on one site's examples."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch import nn
 from fedpeft.adapters import AdapterSpec, AdapterState
 from fedpeft.client import FitJob, Fitted, Learner
 from fedpeft.config.training import TrainingConfig
-from fedpeft.errors import DataError, FederationError, sentence
+from fedpeft.errors import FederationError, sentence
+from fedpeft.evaluation import autocast, evaluate, padding
 from fedpeft.merges import Pruning
 from fedpeft.models import AdaptedModel, extract, install, trained
-from fedpeft.own_layers import disabled
 from fedpeft.pruning import kept_rank
 from fedpeft.randomness import derive_seed, rng
-from fedpeft.tasks import Encoded, Sample, Statistics, Task
+from fedpeft.tasks import Encoded, Task
 
 _TINY = 1e-12
 """The least norm that a gradient is divided by."""
@@ -168,53 +168,6 @@ def _shrink_tails(parameters: Mapping[str, nn.Parameter], pruning: Pruning | Non
         b.grad[:, kept:] += pruning.penalty * size_a * columns / size_b.clamp_min(_TINY)
 
 
-def evaluate(adapted: AdaptedModel, task: Task, examples: Sequence[Encoded], batch_size: int) -> dict[str, Any]:
-    """Figures over all examples, and under `groups` over those of each natural group.
-
-    Raises:
-        DataError: there are no examples.
-    """
-    if not examples:
-        raise DataError(
-            sentence("evaluation", expected="at least one row", found="none", remedy="raise data.test_fraction")
-        )
-    found = _scored(adapted, task, examples, batch_size)
-    groups = np.array([example.group for example in examples])
-    names = sorted({name for name in groups.tolist() if name})
-    of_group = {name: {key: values[groups == name] for key, values in found.items()} for name in names}
-    return {**task.figures(found), "groups": {name: task.figures(of_group[name]) for name in names}}
-
-
-def _scored(adapted: AdaptedModel, task: Task, examples: Sequence[Encoded], batch_size: int) -> Statistics:
-    """The task's statistics of every example, in order; batches hold examples of like size."""
-    order = sorted(range(len(examples)), key=lambda i: examples[i].size)
-    found: dict[str, np.ndarray] = {}
-    adapted.model.eval()
-    with torch.inference_mode(), _autocast(adapted):
-        for start in range(0, len(order), batch_size):
-            at = order[start : start + batch_size]
-            batch = task.collate([examples[i] for i in at], _pad(adapted), adapted.device)
-            for key, values in task.score(adapted.model, batch).items():
-                found.setdefault(key, np.zeros((len(examples), *values.shape[1:]), values.dtype))[at] = values
-    return found
-
-
-def evaluate_base(learner: TorchLearner) -> dict[str, Any]:
-    """Figures of the base alone, without any adapter, on the learner's examples."""
-    install(learner.adapted, learner.adapted.initial)
-    with disabled(learner.adapted.model):
-        return evaluate(learner.adapted, learner.task, learner.examples, learner.evaluation_batch_size)
-
-
-def sampled(adapted: AdaptedModel, task: Task, examples: Sequence[Encoded]) -> tuple[Sample, ...]:
-    """What the model now answers to each example; nothing where the task has no answers in words."""
-    if task.samples is None:
-        return ()
-    adapted.model.eval()
-    with torch.inference_mode(), _autocast(adapted):
-        return task.samples(adapted.model, adapted.tokenizer, examples)
-
-
 def fit_memory_bytes(learner: TorchLearner) -> int:
     """Bytes that training adds to the base.
 
@@ -223,7 +176,7 @@ def fit_memory_bytes(learner: TorchLearner) -> int:
     """
     adapted = learner.adapted
     longest = sorted(learner.examples, key=lambda example: -example.size)[: learner.settings.batch_size]
-    batch = learner.task.collate(longest, _pad(adapted), adapted.device)
+    batch = learner.task.collate(longest, padding(adapted), adapted.device)
     weights = {parameter.untyped_storage().data_ptr() for parameter in adapted.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -237,7 +190,7 @@ def fit_memory_bytes(learner: TorchLearner) -> int:
         return tensor.detach()  # the tensor itself would keep the graph, and so its shapes, alive
 
     adapted.model.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _autocast(adapted):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(adapted):
         loss = learner.task.loss(adapted.model, batch)
     del loss
     return 16 * adapted.spec.parameters + sum(kept.values())
@@ -296,8 +249,8 @@ def _accumulate(
     adapted, accumulation = learner.adapted, learner.settings.accumulation
     for _ in range(accumulation):
         examples = next(batches)
-        batch = learner.task.collate(examples, _pad(adapted), adapted.device)
-        with _autocast(adapted):
+        batch = learner.task.collate(examples, padding(adapted), adapted.device)
+        with autocast(adapted):
             loss = learner.task.loss(adapted.model, batch)
             penalised = loss if adapted.penalty is None else loss + adapted.penalty()
         torch.autograd.backward(scaler.scale(penalised / accumulation))
@@ -379,13 +332,3 @@ def _randomness(seed: int, job: FitJob) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, job.round, job.partition, "dropout"))
         yield
-
-
-def _pad(adapted: AdaptedModel) -> int:
-    """The number that stands for padding; 0 where what reads the input is no tokenizer."""
-    return int(getattr(adapted.tokenizer, "pad_token_id", None) or 0)
-
-
-def _autocast(adapted: AdaptedModel) -> Any:
-    enabled = adapted.precision != torch.float32
-    return torch.autocast(adapted.device.type, dtype=adapted.precision if enabled else None, enabled=enabled)

@@ -22,7 +22,7 @@ CONFIG = UPDATES | MECHANISMS | {"config"}
 STRATEGY = CONFIG | {"strategy"}
 WIRE = STRATEGY | {"wire"}
 RECORDS = {"memory", "checkpoint", "journal"}
-TORCH = {"adaptation", "bases", "models", "tasks", "training"}
+TORCH = {"adaptation", "base_weights", "bases", "evaluation", "models", "tasks", "training"}
 FEDERATION = WIRE | RECORDS | {"laws", "ranks", "requests", "client", "rounds"}
 EDGES = FEDERATION | TORCH | {"assets", "data"}
 COMPOSED = EDGES | {"experiment", "bounds", "runs", "report"}
@@ -59,11 +59,13 @@ ROOMS: dict[str, set[str]] = {
     "peft_layers": ADAPTERS,
     "penalties": ADAPTERS,
     "own_layers": ADAPTERS,
-    "bases": GROUND | {"config", "assets"},
-    "adaptation": ADAPTERS | {"config", *LAYERS},
-    "models": ADAPTERS | {"config", "bases", "adaptation", *LAYERS},
-    "tasks": ADAPTERS | {"config", "data"},
-    "training": WIRE | {"client", "data", "models", "own_layers", "pruning", "tasks"},
+    "base_weights": GROUND | {"config"},
+    "bases": GROUND | {"config", "assets", "base_weights"},
+    "adaptation": ADAPTERS | {"config", "base_weights", *LAYERS},
+    "models": ADAPTERS | {"config", "base_weights", "bases", "adaptation", *LAYERS},
+    "tasks": ADAPTERS | {"config", "data", "own_layers"},
+    "evaluation": ADAPTERS | {"models", "own_layers", "tasks"},
+    "training": WIRE | {"client", "data", "evaluation", "models", "pruning", "tasks"},
     "experiment": EDGES,
     "bounds": EDGES | {"experiment"},
     "runs": GROUND | {"config"},
@@ -82,14 +84,15 @@ ROOMS: dict[str, set[str]] = {
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "numpy": ("*",),
     "scipy": ("adapters", "merges"),
-    "torch": ("adaptation", "bases", "models", *sorted(LAYERS), "tasks", "training"),
-    "transformers": ("bases", "models", "tasks"),
+    "torch": ("adaptation", "base_weights", "bases", "models", *sorted(LAYERS), "evaluation", "tasks", "training"),
+    "transformers": ("base_weights", "bases", "models", "tasks"),
     "peft": ("adaptation", "models", *sorted(LAYERS - {"own_layers"}), "own_layers/switch"),
     "yaml": ("assets",),
-    "safetensors": ("adapter_folders", "bases", "files", "models"),
+    "safetensors": ("adapter_folders", "base_weights", "bases", "files", "models"),
     "huggingface_hub": ("bases", "data"),
     "datasets": ("data",),
     "pyarrow": ("data",),
+    "PIL": ("data",),
     "flwr": ("engines/flower*", "engines/ray*"),
     "ray": ("engines/ray*",),
     "matplotlib": ("report",),
@@ -228,13 +231,13 @@ def test_public_names_are_sorted() -> None:
 
 CLEAN = '"""What is here."""\n'
 PLANTED = [
-    ("fedpeft/codecs/dense.py", "import torch", "imports torch; torch lives in fedpeft/adaptation, fedpeft/bases"),
+    ("fedpeft/codecs/dense.py", "import torch", "imports torch; torch lives in fedpeft/adaptation, fedpeft/base_weights"),
     ("fedpeft/codecs/dense.py", "from torch import nn", "imports torch"),
     ("fedpeft/codecs/dense.py", "def f():\n    import torch.nn", ":3 imports torch"),
     (
         "fedpeft/training.py",
         "import transformers",
-        "transformers lives in fedpeft/bases, fedpeft/models, fedpeft/tasks",
+        "transformers lives in fedpeft/base_weights, fedpeft/bases, fedpeft/models, fedpeft/tasks",
     ),
     ("fedpeft/training.py", "from peft import LoraConfig", "peft lives in fedpeft/adaptation, fedpeft/models"),
     ("fedpeft/engines/local.py", "import flwr", "flwr lives in fedpeft/engines/flower*"),

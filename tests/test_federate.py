@@ -17,11 +17,11 @@ from safetensors.numpy import load_file
 from fedpeft import checkpoint, experiment, journal
 from fedpeft.config import RunConfig
 from fedpeft.errors import AdapterError, CheckpointError, PlanError, QuorumError, RunFolderError
+from fedpeft.evaluation import evaluate
 from fedpeft.experiment import adapted_model, task_of
 from fedpeft.federate import Watcher, federate, silent
 from fedpeft.models import install
 from fedpeft.runs import folder_for, reopen
-from fedpeft.training import evaluate
 from tests import tiny
 from tests.tiny import FAMILIES, logits, transport
 

@@ -237,7 +237,8 @@ def test_a_head_of_the_right_size_is_taken_over(tmp_path: Path) -> None:
     "settings", [Lora(target_modules=("nothing",)), Lora(layers=(9,)), Lora(target_modules=("LayerNorm",))]
 )
 def test_a_target_that_the_model_has_not_is_one_sentence(tiny_model: Path, settings: Lora) -> None:
-    with pytest.raises(ModelError, match=r"adapter\.lora(\.target_modules)?: expected (settings that fit|modules of) Bert"):
+    expected = r"adapter\.lora(\.target_modules)?: expected (settings that fit|modules of) Bert"
+    with pytest.raises(ModelError, match=expected):
         tiny.load(tiny_model, settings)
 
 

@@ -20,12 +20,13 @@ from fedpeft.config.adapters import Lora
 from fedpeft.config.tasks import SequenceClassification
 from fedpeft.config.training import TrainingConfig
 from fedpeft.errors import DataError, FederationError
+from fedpeft.evaluation import evaluate
 from fedpeft.merges import Pruning
 from fedpeft.models import AdaptedModel, extract, install
 from fedpeft.pruning import pruned_spec, tail
 from fedpeft.randomness import rng
 from fedpeft.tasks import Example, build_task
-from fedpeft.training import TorchLearner, batches_from, evaluate, learning_rate_factor, use_threads
+from fedpeft.training import TorchLearner, batches_from, learning_rate_factor, use_threads
 from tests import tiny
 from tests.tiny import FAMILIES, LABELS, WORDS, moved
 

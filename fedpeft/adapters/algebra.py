@@ -39,10 +39,19 @@ def two_factors(tensor: Tensor, names: Collection[str]) -> Factors:  # noqa: ARG
     return Factors(tensor("B"), tensor("A"))
 
 
-def as_two_factors(after: Factors, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Named:  # noqa: ARG001
-    """B and A, padded with zeros to their shapes."""
+def as_two_factors(after: Factors, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Named:
+    """B and A at their shapes; a pair of a column and a row that is not needed keeps one of them, so that it can learn.
+
+    With both at zero neither would ever have a gradient. The row of A is kept, or, where A begins at zero, as on an
+    embedding, the column of B.
+    """
     lacking = shapes["A"][0] - after.rank
-    return {"B": np.pad(after.b, [(0, 0), (0, lacking)]), "A": np.pad(after.a, [(0, lacking), (0, 0)])}
+    b, a = np.pad(after.b, [(0, 0), (0, lacking)]), np.pad(after.a, [(0, lacking), (0, 0)])
+    idle = ~(b.any(axis=0) | a.any(axis=1))
+    rows = idle & tensor("A").any(axis=1)
+    columns = idle & ~rows
+    a[rows], b[:, columns] = tensor("A")[rows], tensor("B")[:, columns]
+    return {"B": b, "A": a}
 
 
 def three_factors(tensor: Tensor, names: Collection[str]) -> Factors:  # noqa: ARG001

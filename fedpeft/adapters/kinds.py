@@ -134,7 +134,12 @@ KINDS: Mapping[str, Kind] = {
     "shira": Kind(EXACT, "the numbers are entries of the weight, at places that all nodes share"),
     "frod": Kind(EXACT, "the change of the weight is linear in the numbers between bases that all nodes share"),
     "tinylora": Kind(EXACT, "the change of the weight is linear in the numbers between bases that all nodes share"),
-    "road": Kind(EXACT, "pairs of outputs are rotated and scaled, and cosine and sine parts travel", moved=True),
+    "road": Kind(
+        EXACT,
+        "pairs of outputs are rotated and scaled, and cosine and sine parts travel",
+        coupled=("cosine", "sine"),
+        moved=True,
+    ),
     "oft": Kind(INEXACT, "a rotation is not linear in the skew matrix that makes it"),
     "boft": Kind(INEXACT, "a product of rotations is not linear in the skew matrices that make them"),
     "hra": Kind(INEXACT, "a chain of reflections is not linear in their directions"),

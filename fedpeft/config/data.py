@@ -72,7 +72,21 @@ class Hub:
     columns: Columns = field(default_factory=Columns)
 
 
-SOURCES = Table("source", {"bundled": Bundled, "jsonl": JsonLines, "csv": Csv, "parquet": Parquet, "hub": Hub})
+@dataclass(frozen=True)
+class Images:
+    """A folder of images, one sub-folder for each label; with `groups`, a folder of such folders, one a group.
+
+    Reading images needs the `vision` extra.
+    """
+
+    path: str = ""
+    groups: bool = False
+
+
+SOURCES = Table(
+    "source",
+    {"bundled": Bundled, "jsonl": JsonLines, "csv": Csv, "parquet": Parquet, "hub": Hub, "images": Images},
+)
 
 
 @dataclass(frozen=True)

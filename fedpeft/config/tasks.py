@@ -162,6 +162,64 @@ class Seq2Seq:
         return Head("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM")
 
 
+@dataclass(frozen=True)
+class ImageClassification:
+    """One label for each image; `labels` in the order of the head's outputs, empty to take them from the data.
+
+    Images are brought to `image_size` pixels a side (0: what the base is made for). With `flip`, in training each
+    is mirrored left to right or not, by a fair coin.
+    """
+
+    labels: tuple[str, ...] = ()
+    image_size: int = 0
+    flip: bool = False
+
+    roles: ClassVar[tuple[str, ...]] = ("image", "label")
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "loss")
+
+    def __post_init__(self) -> None:
+        require(len(set(self.labels)) == len(self.labels), "labels", expected="distinct names", found=self.labels)
+        require(len(self.labels) != 1, "labels", expected="two names or more, or none", found=self.labels)
+        require_range(self, "image_size", 0)
+
+    @property
+    def head(self) -> Head:
+        """What the task needs of a base."""
+        return Head("AutoModelForImageClassification", "", self.labels)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Of two answers to a prompt the one that people prefer: direct preference optimisation (DPO) of a decoder.
+
+    Rows have a `text`, a `chosen` and a `rejected` answer. `beta` is how dear it is to move away from the base, and
+    `label_smoothing` the share of rows that are taken to be the wrong way round. The prompt is put into words as in
+    `CausalLM`; `sample_tokens` bounds the answers that samples show.
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    max_tokens: int = 256
+    chat: bool = True
+    template: str = "{text}\n"
+    sample_tokens: int = 64
+
+    roles: ClassVar[tuple[str, ...]] = ("text", "chosen", "rejected")
+    metrics: ClassVar[tuple[str, ...]] = ("reward_accuracy", "margin", "loss")
+
+    def __post_init__(self) -> None:
+        require(self.beta > 0, "beta", expected="a number above 0", found=self.beta)
+        require_range(self, "label_smoothing", 0.0, 0.5)
+        require(self.template.count("{text}") == 1, "template", expected="{text} once", found=self.template)
+        require_range(self, "max_tokens", 8)
+        require_range(self, "sample_tokens", 1)
+
+    @property
+    def head(self) -> Head:
+        """What the task needs of a base."""
+        return Head("AutoModelForCausalLM", "CAUSAL_LM")
+
+
 TASKS = Table(
     "kind",
     {
@@ -169,5 +227,7 @@ TASKS = Table(
         "token_classification": TokenClassification,
         "causal_lm": CausalLM,
         "seq2seq": Seq2Seq,
+        "image_classification": ImageClassification,
+        "preference": Preference,
     },
 )

@@ -12,6 +12,9 @@ class ModelConfig:
     """The frozen base: `asset:NAME` from the cache, a local folder, or a Hugging Face Hub name.
 
     `device` is `auto`, `cpu`, `cuda` or `cuda:N`; `precision` is the autocast type where there is a GPU.
+    `weights` is how the frozen base is held: float32, bfloat16, or by bitsandbytes as nf4 or int8. With
+    `gradient_checkpointing` layers are computed again in the backward pass; with a `device_map` (`auto`, ...) they are
+    spread over devices. A node may hold the base in a way of its own: see `NODE_SETTINGS`.
     `dropout` replaces every dropout rate of the base (0 makes local training repeatable across engines).
     """
 
@@ -19,15 +22,26 @@ class ModelConfig:
     revision: str = ""
     device: str = "auto"
     precision: str = "float32"
+    weights: str = "float32"
+    gradient_checkpointing: bool = False
+    device_map: str = ""
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
         require(bool(self.source), "source", expected="a model", found=self.source, remedy="name one")
         known = ("float32", "bfloat16", "float16")
         require(self.precision in known, "precision", expected=f"one of {', '.join(known)}", found=self.precision)
+        held = ("float32", "bfloat16", "nf4", "int8")
+        require(self.weights in held, "weights", expected=f"one of {', '.join(held)}", found=self.weights)
+        maps = ("", "auto", "balanced", "balanced_low_0", "sequential")
+        require(self.device_map in maps, "device_map", expected=f"one of {', '.join(maps[1:])}", found=self.device_map)
         device = self.device.split(":")[0]
         require(device in ("auto", "cpu", "cuda"), "device", expected="auto, cpu, cuda or cuda:N", found=self.device)
         require_range(self, "dropout", 0.0, 0.99)
+
+
+NODE_SETTINGS = ("device", "precision", "weights", "gradient_checkpointing", "device_map")
+"""What a node may set for itself: how it holds and computes the base, which other nodes need not share."""
 
 
 @dataclass(frozen=True)

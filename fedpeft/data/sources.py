@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft import assets
-from fedpeft.config.data import Bundled, Columns, Csv, FileSource, Hub, JsonLines, Parquet
+from fedpeft.config.data import Bundled, Columns, Csv, FileSource, Hub, Images, JsonLines, Parquet
+from fedpeft.data import images
 from fedpeft.data.fields import TEXT_AND_LABEL, Row, column_names, require_columns, to_row, unreadable
 from fedpeft.errors import DataError, sentence
 
@@ -37,7 +38,12 @@ def read(origin: object, roles: Sequence[str] = TEXT_AND_LABEL) -> list[Row]:  #
 @read.register
 def _bundled(origin: Bundled, roles: Sequence[str] = TEXT_AND_LABEL) -> list[Row]:
     path = assets.rows_path(origin.name)
-    return list(_json_rows(path, column_names(Columns(group="group"), roles)))
+    return list(images.located(_json_rows(path, column_names(Columns(group="group"), roles)), path.parent))
+
+
+@read.register
+def _images(origin: Images, roles: Sequence[str] = TEXT_AND_LABEL) -> list[Row]:
+    return images.read_folders(origin, roles)
 
 
 @read.register
@@ -99,7 +105,7 @@ def _each_file(
     rows: list[Row] = []
     for path in _files(origin.path, place, suffixes):
         try:
-            rows += _not_empty(list(reader(path)), str(path))
+            rows += _not_empty(list(images.located(reader(path), path.parent)), str(path))
         except UnicodeDecodeError as error:
             raise unreadable(str(path), "text in UTF-8", error, "save the file as UTF-8") from error
         except OSError as error:

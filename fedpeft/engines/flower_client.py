@@ -6,9 +6,10 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -17,6 +18,7 @@ from fedpeft.assets import cache_folder
 from fedpeft.client import Site
 from fedpeft.config import RunConfig, digest
 from fedpeft.config.data import Bundled
+from fedpeft.config.training import NODE_SETTINGS, ModelConfig
 from fedpeft.data.fields import Row
 from fedpeft.engines.flower_grid import INTRODUCE, INTRODUCTION
 from fedpeft.engines.flower_messages import to_packet, to_records, to_settings
@@ -76,13 +78,13 @@ def _answer(own: Own, message: Message, context: Context) -> Packet:
     use_threads(config.compute.threads)
     if _simulated():
         return answer(request, _site(config, config, partition, own), FolderMemory(Path(config.out) / "memories"))
-    site = _site(config, on_node(config, own.rows), partition, own)
+    site = _site(config, on_node(config, own.rows, _profile(context)), partition, own)
     profiled = replace(site, rank=_node_rank(context), memory_bytes=training_memory_bytes(site.learner))
     return answer(request, profiled, FolderMemory(cache_folder() / "nodes"))
 
 
-def on_node(config: RunConfig, own_rows: SiteRows | None) -> RunConfig:
-    """The settings that a real node follows: `config` without any path of the server's.
+def on_node(config: RunConfig, own_rows: SiteRows | None, profile: Mapping[str, Any] | None = None) -> RunConfig:
+    """The settings that a real node follows: `config` without any path of the server's, with what it sets for itself.
 
     Raises:
         PacketError: they name a file or folder, and the node has no rows or model of its own.
@@ -96,7 +98,27 @@ def on_node(config: RunConfig, own_rows: SiteRows | None) -> RunConfig:
                 remedy="give the node its own rows in clients/app.py",
             )
         )
-    return replace(config, out="", model=replace(config.model, source=_model_source(config.model.source)))
+    model = replace(config.model, source=_model_source(config.model.source), **(profile or {}))
+    return replace(config, out="", model=model)
+
+
+def _profile(context: Context) -> dict[str, Any]:
+    """How this node holds and computes the base, where it says so itself: its `--node-config` may name such settings.
+
+    Raises:
+        ConfigError: a value is not one that the setting takes.
+    """
+    given = {key: context.node_config[key] for key in NODE_SETTINGS if key in context.node_config}
+    for key, value in given.items():
+        kind = type(getattr(ModelConfig(), key))
+        try:
+            fits = isinstance(value, kind) and bool(ModelConfig(**{key: value}))
+        except ConfigError as error:
+            raise ConfigError(f"node-config, {error}") from error
+        if not fits:
+            remedy = f"write {key}={'true' if kind is bool else 'TEXT'} in --node-config, a text in quotes"
+            raise ConfigError(sentence(f"node-config, {key}", expected=kind.__name__, found=repr(value), remedy=remedy))
+    return given
 
 
 def _model_source(source: str) -> str:

@@ -65,34 +65,37 @@ _NEEDS: Mapping[str, tuple[str, Callable[[Row], str]]] = {
 """By the form of rows, what a row must hold, and what it holds instead (nothing where it is well)."""
 
 
-def encode(rows: Sequence[Row], tokenizer: Any, settings: CausalLM, place: str) -> tuple[Prompted, ...]:
+def encode(
+    rows: Sequence[Row], tokenizer: Any, settings: CausalLM, place: str, key: str = "task.causal_lm"
+) -> tuple[Prompted, ...]:
     """The rows put into words and tokenised, prompt and answer apart, as a model that answers would meet them.
 
-    A prompt that leaves no room for its answer loses its beginning, all but a token that begins every text.
+    A prompt that leaves no room for its answer loses its beginning, all but a token that begins every text. `key` is
+    where the settings stand, for messages.
 
     Raises:
         DataError: a row lacks an answer, its answer alone is longer than `max_tokens`, or the chat template refuses it.
     """
     require_answers(rows, settings, place)
     limit = min(settings.max_tokens, tokenizer.model_max_length)
-    spoken = [_words(row, tokenizer, settings, f"{place}, row {at + 1}") for at, row in enumerate(rows)]
+    spoken = [_words(row, tokenizer, settings, f"{place}, row {at + 1}", key) for at, row in enumerate(rows)]
     prompts, answers = (_tokens([pair[side] for pair in spoken], tokenizer) for side in (0, 1))
     begin, end = ([], []) if _chats(tokenizer, settings) else _marks(tokenizer)
     found = []
     for at, (row, before, answer) in enumerate(zip(rows, prompts, answers, strict=True)):
         after = [*answer, *end]
-        require_room(place, at, "an answer", len(after), limit - 1, "task.causal_lm.max_tokens")
+        require_room(place, at, "an answer", len(after), limit - 1, f"{key}.max_tokens")
         room = limit - len(after) - len(begin)
         kept = [*begin, *(before[-room:] if room > 0 else [])]
         found.append(Prompted((*kept, *after), len(kept), row.group))
     return tuple(found)
 
 
-def _words(row: Row, tokenizer: Any, settings: CausalLM, place: str) -> tuple[str, str]:
+def _words(row: Row, tokenizer: Any, settings: CausalLM, place: str, key: str) -> tuple[str, str]:
     """The prompt, up to where the answer begins, and the answer."""
     *before, last = _turns(row, settings)
     if _chats(tokenizer, settings):
-        prompt, whole = _rendered(tokenizer, before, last, place)
+        prompt, whole = _rendered(tokenizer, before, last, place, key)
         # A template that opens the answer otherwise than it tells one says nothing of how an answer ends.
         told = whole.removeprefix(prompt) if whole.startswith(prompt) else _ended(last["content"], tokenizer)
         return prompt, told.rstrip()
@@ -110,7 +113,7 @@ def _pairs(row: Row) -> list[tuple[str, str]]:
     return [(turn[0], turn[1]) for turn in row.fields.get("messages", ()) if not isinstance(turn, str)]
 
 
-def _rendered(tokenizer: Any, before: Turns, last: Mapping[str, str], place: str) -> tuple[str, str]:
+def _rendered(tokenizer: Any, before: Turns, last: Mapping[str, str], place: str, key: str) -> tuple[str, str]:
     try:
         return (
             tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True),
@@ -122,7 +125,7 @@ def _rendered(tokenizer: Any, before: Turns, last: Mapping[str, str], place: str
                 place,
                 expected="a conversation that the model's chat template takes",
                 found=(str(error).splitlines() or [type(error).__name__])[0],
-                remedy="correct the row, or set task.causal_lm.chat=false",
+                remedy=f"correct the row, or set {key}.chat=false",
             )
         ) from error
 

@@ -85,12 +85,16 @@ def loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def score(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Statistics:
     """The cross-entropy `loss`, the `predicted` and the true `label` of each text of a batch, each `(batch,)`."""
-    logits = _logits(model, batch)
-    losses = functional.cross_entropy(logits, batch["labels"], reduction="none")
+    return statistics(_logits(model, batch), batch["labels"])
+
+
+def statistics(logits: torch.Tensor, labels: torch.Tensor) -> Statistics:
+    """What `score` says, of logits `(batch, labels)` and labels `(batch,)`."""
+    losses = functional.cross_entropy(logits, labels, reduction="none")
     return {
         "loss": losses.cpu().numpy().astype(np.float64),
         "predicted": logits.argmax(-1).cpu().numpy(),
-        "label": batch["labels"].cpu().numpy(),
+        "label": labels.cpu().numpy(),
     }
 
 

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedpeft.config.tasks import CausalLM, Seq2Seq, SequenceClassification, TokenClassification
+from fedpeft.config.tasks import (
+    CausalLM,
+    ImageClassification,
+    Preference,
+    Seq2Seq,
+    SequenceClassification,
+    TokenClassification,
+)
 from fedpeft.data.fields import Row
-from fedpeft.tasks import causal_lm, seq2seq, sequence_classification, token_classification
+from fedpeft.tasks import (
+    causal_lm,
+    image_classification,
+    preference,
+    seq2seq,
+    sequence_classification,
+    token_classification,
+)
 from fedpeft.tasks.task import Builder, Task
 
 BUILDERS: Mapping[type, Builder] = {
@@ -14,6 +28,8 @@ BUILDERS: Mapping[type, Builder] = {
     TokenClassification: Builder(token_classification.build, token_classification.complete),
     CausalLM: Builder(causal_lm.build),
     Seq2Seq: Builder(seq2seq.build),
+    ImageClassification: Builder(image_classification.build, sequence_classification.complete),
+    Preference: Builder(preference.build),
 }
 
 

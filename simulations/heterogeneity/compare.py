@@ -9,8 +9,6 @@ cut off is resumed, so the comparison can be stopped and started. The table is m
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,10 +20,10 @@ import typer
 
 from fedpeft import checkpoint, journal
 from fedpeft.adapters import AdapterState, at_rank, resized
-from fedpeft.errors import FedPeftError
 from fedpeft.experiment import evaluator_of, strategy_of
 from fedpeft.memory import FolderMemory
 from fedpeft.runs import reopen
+from simulations.runs import run_to_end
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "fedit": (),
@@ -85,26 +83,8 @@ def main(
 
 def run(settings: Path, out: Path, rule: str, seed: int, *, bounds: bool, overrides: Sequence[str]) -> None:
     """The run of one rule on one seed is finished; an error of it ends the comparison with its last words."""
-    folder = out / f"{rule}-{seed}"
-    if finished(folder):
-        return
-    command = [sys.executable, "-m", "fedpeft", "simulate"]
-    if (folder / "config.toml").exists():
-        command += ["--resume", str(folder)]
-    else:
-        sets = [f"out={folder}", f"seed={seed}", f"aggregation.merge.rule={rule}", *RULES[rule], *overrides]
-        command += [str(settings), *(word for item in sets for word in ("--set", item))]
-    command += ["--quiet", "--bounds" if bounds and rule == BOUNDED else "--no-bounds"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise FedPeftError(f"{rule}, seed {seed}: {done.stderr.strip().splitlines()[-1:]}")
-    typer.echo(f"finished: {folder}", err=True)
-
-
-def finished(folder: Path) -> bool:
-    """Whether the run in `folder` has come to its end."""
-    path = folder / "journal.jsonl"
-    return path.exists() and any(record["event"] == "end" for record in journal.read(path))
+    sets = [f"seed={seed}", f"aggregation.merge.rule={rule}", *RULES[rule], *overrides]
+    run_to_end(settings, out / f"{rule}-{seed}", sets, bounds=bounds and rule == BOUNDED)
 
 
 def row_of(rule: str, folders: Sequence[Path]) -> Row:

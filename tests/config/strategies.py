@@ -15,7 +15,7 @@ from fedpeft.config.adapters.rotations import Hra
 from fedpeft.config.federation import RANKS, ByMemory, FederationConfig
 from fedpeft.config.fields import Table
 from fedpeft.config.tasks import TokenClassification
-from fedpeft.config.training import METRICS
+from fedpeft.config.training import METRICS, ModelConfig
 from fedpeft.merges import MISSING, SPACES, WEIGHTS
 from fedpeft.optimizers import CONVENTIONS
 
@@ -38,6 +38,7 @@ BOUND: dict[str, st.SearchStrategy[Any]] = {
     "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
     "form": st.sampled_from(["prompt", "messages"]),
     "keep": st.floats(0.01, 1.0),
+    "label_smoothing": st.floats(0.0, 0.5),
     "labels": st.lists(TEXTS, min_size=2, max_size=4, unique=True).map(tuple),
     "max_target_tokens": st.integers(2, 512),
     "max_tokens": st.integers(8, 512),
@@ -55,6 +56,7 @@ BOUND: dict[str, st.SearchStrategy[Any]] = {
     "space": st.sampled_from(SPACES),
     "template": TEXTS.filter(lambda text: "{text}" not in text).map("{text}".__add__),
     "weights": st.sampled_from(sorted(WEIGHTS)),
+    "device_map": st.sampled_from(["", "auto", "sequential"]),
 }
 
 
@@ -133,11 +135,18 @@ def _loras() -> st.SearchStrategy[Lora]:
     return st.builds(Lora, **{**given, "freeze_a": st.just(False), "options": options})
 
 
+def _models() -> st.SearchStrategy[ModelConfig]:
+    hints = typing.get_type_hints(ModelConfig)
+    given = {item.name: _values(item, hints[item.name]) for item in dataclasses.fields(ModelConfig)}
+    return st.builds(ModelConfig, **{**given, "weights": st.sampled_from(["float32", "bfloat16", "nf4", "int8"])})
+
+
 # Settings whose fields depend on one another, or mean another thing than elsewhere.
 WHOLE: dict[type, Callable[[], st.SearchStrategy[Any]]] = {
     FederationConfig: _federations,
     ByMemory: _by_memory,
     TokenClassification: _token_classifications,
     Lora: _loras,
+    ModelConfig: _models,
     Hra: lambda: st.builds(Hra, rank=st.integers(1, 20).map(lambda half: 2 * half), layers=PLAIN[tuple[int, ...]]),
 }

@@ -42,7 +42,6 @@ def put(path: Path, *records: dict[str, Any]) -> str:
             {"messages": TURNS},
             Row("user: good", fields={"messages": (("user", "good"), ("assistant", "yes"))}),
         ),
-        (("image", "label"), {"image": "a.png", "label": 3}, Row("a.png", "3", fields={"image": "a.png"})),
     ],
 )  # fmt: skip
 def test_a_row_has_the_fields_of_its_roles(

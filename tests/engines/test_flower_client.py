@@ -142,3 +142,25 @@ def test_a_rank_that_is_none_is_one_sentence(described: Callable[..., Packet], r
     answer = described(rank=rank)
     assert answer.kind == "failure"
     assert "node-config, rank: expected an integer from 1, found" in str(answer.manifest["reason"])
+
+
+def test_a_node_holds_the_base_in_its_own_way(described: Callable[..., Packet]) -> None:
+    plain, own = described(), described(weights="bfloat16", gradient_checkpointing=True)
+    assert plain.kind == own.kind == "description"
+    assert {**own.manifest, "metric.seconds": 0} == {**plain.manifest, "metric.seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("weights", "int3", "node-config, weights: expected one of float32"),
+        ("weights", 4, "node-config, weights: expected"),
+        ("gradient_checkpointing", "yes", "write gradient_checkpointing=true in --node-config"),
+    ],
+)
+def test_a_way_that_there_is_not_is_one_sentence(
+    described: Callable[..., Packet], key: str, value: int | str, expected: str
+) -> None:
+    answer = described(**{key: value})
+    assert answer.kind == "failure"
+    assert expected in str(answer.manifest["reason"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,7 @@ REFUSALS: Mapping[tuple[str, str], str] = {
     ("llama_adapter", "bert"): _NO_INPUT,
     ("llama_adapter", "t5"): _NO_INPUT,
     ("llama_adapter", "vit"): _NO_HEAD,
+    ("trainable_tokens", "bert"): _NO_HEAD,
     ("trainable_tokens", "vit"): _NO_HEAD,
     **{(method, kind): _NO_BIAS for method in ("bitfit", "lora+bitfit") for kind in ("llama", "t5")},
     **{("head_only", kind): _NO_LAST for kind in ("llama", "t5")},
@@ -196,8 +197,9 @@ class Subject:
 
 def family(cell: Cell) -> Family:
     """The family of a cell."""
-    if cell.method in TOGETHER:
-        return together([_settings(name, cell.kind, {}).build() for name in TOGETHER[cell.method]])
+    if "+" in cell.method:
+        names = TOGETHER.get(cell.method) or cell.method.split("+")
+        return together([_settings(name, cell.kind, {}).build() for name in names])
     name, more = VARIANTS.get(cell.method, (cell.method, {}))
     made: Family = _settings(name, cell.kind, more).build()
     return made
@@ -232,8 +234,12 @@ def bare(kind: str) -> Any:
 
 def made(cell: Cell, seed: int) -> AdaptedModel:
     """A fresh model whose adapter is drawn from `seed`."""
-    chosen, head = family(cell), HEADS[cell.kind]
-    base = bare(cell.kind)
+    return of_family(family(cell), cell.kind, seed)
+
+
+def of_family(chosen: Family, kind: str, seed: int) -> AdaptedModel:
+    """A fresh model of a family with any settings."""
+    head, base = HEADS[kind], bare(kind)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = adapt(base, chosen, head, SOURCE)
@@ -248,17 +254,19 @@ def made(cell: Cell, seed: int) -> AdaptedModel:
         AdapterState(spec, {}),
         torch.device("cpu"),
         torch.float32,
-        sum(parameter.numel() for parameter in bare(cell.kind).parameters()),
+        sum(parameter.numel() for parameter in bare(kind).parameters()),
         coordinates,
         of(model, chosen),
     )
     return replace(empty, initial=models.extract(empty))
 
 
-def fitted(adapted: AdaptedModel, kind: str, state: AdapterState, seed: int, steps: int = 4) -> AdapterState:
-    """The adapter after `steps` of AdamW from `state`, on batches that `seed` chooses."""
+def fitted(
+    adapted: AdaptedModel, kind: str, state: AdapterState, seed: int, steps: int = 4, frozen: Sequence[str] = ()
+) -> AdapterState:
+    """The adapter after `steps` of AdamW from `state` on all but `frozen` tensors, on batches that `seed` chooses."""
     models.install(adapted, state)
-    parameters = models.trained(adapted, fixed(adapted.spec))
+    parameters = models.trained(adapted, (*fixed(adapted.spec), *frozen))
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.05, weight_decay=0.0)
     adapted.model.train()
     for step in range(steps):
@@ -280,11 +288,11 @@ def frozen_numbers(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
 
 
 @functools.lru_cache(maxsize=2)
-def subject(cell: Cell) -> Subject:
-    """The cell, made and trained; the last ones are kept."""
+def subject(cell: Cell, *patterns: str) -> Subject:
+    """The cell, made and trained on all tensors but those of `patterns`; the last ones are kept."""
     one = made(cell, 1)
-    frozen = frozen_numbers(one)
-    clients = tuple(fitted(one, cell.kind, one.initial, seed) for seed in (1, 2, 3))
+    frozen, still = frozen_numbers(one), one.spec.matching(patterns)
+    clients = tuple(fitted(one, cell.kind, one.initial, seed, frozen=still) for seed in (1, 2, 3))
     return Subject(cell, bare(cell.kind).eval(), one, made(cell, 2), clients, frozen)
 
 

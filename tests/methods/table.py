@@ -29,8 +29,8 @@ that mean, where the server takes the **mean of the numbers** (`fedavg`); of sev
 
 - **exact**: the mean of the numbers does the mean of what they do; what is left is float32.
 - **by a rule**: the mean of the numbers does not, but the exact mean is known in factored form, and a rule such as
-  `flora`, `fedex` or `flexlora` makes use of it. Behind the bar is what `flexlora` loses, where it can serve the method:
-  the part of the exact mean that no adapter of this size can hold.
+  `flora`, `fedex` or `flexlora` makes use of it. Behind the bar is what `flexlora` loses, where it can serve the
+  method: the part of the exact mean that no adapter of this size can hold.
 - **inexact**: no rule gives the exact mean. The numbers are averaged, and the journal and the report say so.
 
 A cell with a dash is refused before a run begins, for the reason below. What is **saved as** "peft" is read by stock
@@ -41,11 +41,9 @@ can be exported as a plain transformers model too.
 
 def figure(cell: Cell) -> str:
     """What is measured of a cell."""
-    found = f"{mean_keeps_its_word(subject(cell)):.0e}"
-    if any(MODULES[kind].mean != "exact" for kind in kinds_of(cell)):
-        found = f"{mean_keeps_its_word(subject(cell)):.2g}"
-    tail = truncation_keeps_its_word(subject(cell))
-    return f"`{found} | {tail:.2g}`".replace("|", "\\|") if tail else f"`{found}`"
+    error, tail = mean_keeps_its_word(subject(cell)), truncation_keeps_its_word(subject(cell))
+    exact = all(MODULES[kind].mean == "exact" for kind in kinds_of(cell))
+    return f"`{error:{'.0e' if exact else '.2g'}}" + (f" \\| {tail:.2g}`" if tail else "`")
 
 
 def rendered(measure: Callable[[Cell], str]) -> str:

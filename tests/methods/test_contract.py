@@ -7,7 +7,7 @@ import pytest
 from fedpeft.adapters import KINDS, OWN_KINDS
 from fedpeft.config.adapters import ADAPTERS
 from fedpeft.errors import ModelError
-from tests.methods.cells import REFUSED, TOGETHER, VARIANTS, WORKING, Cell, made, subject
+from tests.methods.cells import REFUSED, TOGETHER, VARIANTS, WORKING, Cell, kinds_of, made, subject
 from tests.methods.contract import CHECKS
 from tests.methods.table import PAGE, masked, rendered
 
@@ -48,8 +48,7 @@ def test_what_cannot_work_is_refused_in_a_sentence(cell: Cell) -> None:
 def test_no_family_and_no_kind_of_module_is_left_out() -> None:
     tried = {name for cell in WORKING for name in (TOGETHER.get(cell.method) or [cell.method])}
     assert {VARIANTS[name][0] if name in VARIANTS else name for name in tried} == set(ADAPTERS.members)
-    seen = {module.kind for cell in WORKING if cell.kind == "bert" for module in made(cell, 1).spec.modules}
-    seen |= {module.kind for module in made(Cell("llama_adapter", "llama"), 1).spec.modules}
+    seen = {"full"}.union(*(kinds_of(cell) for cell in WORKING))
     assert set(KINDS) - seen == {"mask"}
     assert set(OWN_KINDS.values()) <= seen
 

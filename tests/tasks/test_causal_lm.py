@@ -14,11 +14,11 @@ from fedpeft.config.tasks import CausalLM
 from fedpeft.config.training import ModelConfig
 from fedpeft.data.fields import Row
 from fedpeft.errors import DataError, PlanError
+from fedpeft.evaluation import evaluate, sampled
 from fedpeft.models import AdaptedModel
 from fedpeft.tasks import IGNORED, build_task
 from fedpeft.tasks.packing import collate, labels_of, pack
 from fedpeft.tasks.prompts import Prompted
-from fedpeft.training import evaluate, sampled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = CausalLM(max_tokens=8)

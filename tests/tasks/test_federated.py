@@ -15,7 +15,7 @@ from fedpeft.config.training import METRICS
 from fedpeft.data.fields import Row
 from fedpeft.engines.local import LocalTransport
 from fedpeft.errors import DataError, PlanError
-from fedpeft.experiment import adapted_model, deal_rows, evaluator_of, plan_of, resolve, site_of, task_of
+from fedpeft.experiment import adapted_model, deal_rows, evaluator_of, plan_of, resolve, samples_of, site_of, task_of
 from fedpeft.federate import federate
 from fedpeft.memory import FolderMemory
 from fedpeft.runs import folder_for
@@ -99,6 +99,19 @@ def test_rows_of_another_task_name_the_column_that_they_lack(tmp_path: Path, req
         DataError, match=r"rows\.jsonl:1: expected a column 'anwser', .* nearest 'answer'; set columns\.target"
     ):
         made("seq2seq", tmp_path, request, data={"origin": {"source": "jsonl", **columns}})
+
+
+@every_task
+def test_held_out_rows_are_answered_in_words_where_the_task_has_any(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    config = made(kind, tmp_path, request)
+    found = samples_of(config, adapted_model(config).initial, 2)
+    assert len(found) == (2 if "classification" not in kind else 0)
+    rows = [(row.text, row.fields.get("answer", row.fields.get("target"))) for row in deal_rows(config).test]
+    for one, (text, wanted) in zip(found, rows, strict=False):
+        assert one.given.split()[0] == text.split()[0]
+        assert one.expected == wanted
 
 
 def own_task(config: RunConfig) -> Task:

@@ -11,10 +11,10 @@ from fedpeft.config.tasks import Seq2Seq
 from fedpeft.config.training import ModelConfig
 from fedpeft.data.fields import Row
 from fedpeft.errors import DataError
+from fedpeft.evaluation import evaluate, sampled
 from fedpeft.models import AdaptedModel
 from fedpeft.tasks import IGNORED, Example, build_task
 from fedpeft.tasks.seq2seq import collate
-from fedpeft.training import evaluate, sampled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = Seq2Seq(max_tokens=8, max_target_tokens=4)

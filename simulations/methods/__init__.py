@@ -1,0 +1,1 @@
+"""Methods of every family, compared on one federation each for text, a chat model and images."""

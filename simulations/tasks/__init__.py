@@ -1,0 +1,1 @@
+"""Run settings of tasks beside the demo's, and what makes their data."""
