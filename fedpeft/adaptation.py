@@ -27,10 +27,12 @@ _WARNINGS = (
     "Sparse invariant checks",
     "Failed to load the CUDA extension",
     "Setting boft_n_butterfly",
+    "Unsupported layer type",
+    "Note that `r` is not used in AdaLora",
 )
 """How warnings of peft begin that tell of what is meant here."""
 
-_REFUSALS = (ValueError, TypeError, AttributeError, KeyError, NotImplementedError)
+_REFUSALS = (ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
 """What peft raises for a model or settings that do not fit."""
 
 _REBUILT: Mapping[str, Callable[[nn.Module, Family], None]] = {
@@ -94,8 +96,9 @@ def _under_peft(base: nn.Module, family: Family, head: Head, source: str) -> nn.
     arguments = {**family.peft, "task_type": head.task_type or None, "base_model_name_or_path": source}
     heads = _heads(base, head)
     if unknown := [name for name in heads if not head.task_type or name not in _HEADS_OF_PEFT]:
-        peft_layers.require_heads(arguments, family)
         arguments["modules_to_save"] = unknown
+    if unknown or (heads and not peft_layers.makes_heads(arguments)):
+        peft_layers.require_heads(arguments, family)
     if arguments.get("target_modules") == "all-linear" and heads:
         arguments["exclude_modules"] = heads
     peft_layers.require_arguments(arguments, family)
@@ -137,6 +140,7 @@ def describe(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             path, kind, tensor = family.locate(name)
+            peft_layers.require_known(name, kind, tensor in found.get((path, kind), {}), family)
             if kind == "full" and name in own and path.split(".")[0] not in _heads_of(model, head):
                 path, kind = path.replace(".base_layer", ""), "selective"
             found.setdefault((path, kind), {})[_distinct(tensor, found.get((path, kind)))] = parameter

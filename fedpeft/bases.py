@@ -121,9 +121,7 @@ def _image_processor(config: ModelConfig, image_size: int | Sequence[int]) -> Im
     """The processor that the base's own file tells of; without one, colours go from -1 to 1 at the size of the base."""
     found: dict[str, Any] = {}
     for name in _PROCESSOR_FILES:
-        path = cached_file(
-            model_path(config), name, _raise_exceptions_for_missing_entries=False, **_from_where(config)
-        )
+        path = cached_file(model_path(config), name, _raise_exceptions_for_missing_entries=False, **_from_where(config))
         if path and not found:
             read = json.loads(Path(path).read_text(encoding="utf-8"))
             found = read.get("image_processor", read)

@@ -21,6 +21,7 @@ from fedpeft.experiment import (
     deal_rows,
     evaluator_of,
     plan_of,
+    samples_of,
     strategy_of,
     task_of,
 )
@@ -90,7 +91,8 @@ def federate(
     final_evaluation = _last_evaluation(folder.journal, state.round) or evaluate(final)
     if bounds:
         _note(folder, {"event": "bounds", "rows": measure_bounds(config, bounds, told.bound)})
-    _note(folder, _end_record(folder.journal, adapted, stopped, final_evaluation))
+    samples = [sample._asdict() for sample in samples_of(config, final, config.evaluation.samples)]
+    _note(folder, {**_end_record(folder.journal, adapted, stopped, final_evaluation), "samples": samples})
     with writing(folder.root):
         write_report(folder.root)
     return journal.read(folder.journal)

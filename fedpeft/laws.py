@@ -95,6 +95,16 @@ def _nothing_shared(plan: Plan) -> str:
     )
 
 
+def _new_factors(plan: Plan) -> str:
+    lacking = sorted({module.kind for module in low_rank_modules(plan.spec) if KINDS[module.kind].solve is None})
+    if plan.method.merge.gauge == "kept" or not lacking:
+        return ""
+    return (
+        "aggregation.merge: expected an adapter that takes new factors, because this rule makes them, found "
+        f'{", ".join(lacking)}; choose fedavg, or judge factors (space = "factors").'
+    )
+
+
 def _whole_modules(plan: Plan) -> str:
     if not plan.method.merge.whole:
         return ""
@@ -203,6 +213,7 @@ LAWS = (
     Law("something is trained", _nothing_trained),
     Law("something is shared", _nothing_shared),
     Law("what moves together is trained and shared together", _coupled),
+    Law("a rule that makes new factors is for modules that take them", _new_factors),
     Law("a rule that makes new factors needs both of them", _whole_modules),
     Law("a rule that makes new factors goes with no optimiser that remembers", _kept_gauge),
     Law("control variates go with a rule that keeps coordinates", _control_variates),

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from fedpeft import own_layers, penalties
+from fedpeft import own_layers, peft_layers, penalties
 from fedpeft import residual_layers as residual
 from fedpeft.adaptation import Binding, adapt, describe
 from fedpeft.adapters import AdapterSpec, AdapterState, Family, at_ranks, low_rank_modules, ranks_of, resizable
@@ -231,7 +231,7 @@ def save_merged(adapted: AdaptedModel, state: AdapterState, folder: Path) -> Non
         )
     merged = copy.deepcopy(model)
     if adapted.family.peft:
-        merged = merged.merge_and_unload()
+        merged = peft_layers.unload(merged)
     if adapted.family.own:
         own_layers.merge(merged)
     with _saving():

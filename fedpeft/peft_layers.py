@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import peft
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from fedpeft.adapters import Family
@@ -65,6 +66,24 @@ def require_arguments(arguments: Mapping[str, Any], family: Family) -> None:
             )
 
 
+def unload(model: Any) -> Any:
+    """The base with peft's adapter merged into its weights, and in it what was trained whole.
+
+    LayerNorm tuning leaves the wrappers of what was trained whole where they are.
+    """
+    merged = model.merge_and_unload()
+    for path, module in list(merged.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, name = path.rpartition(".")
+            setattr(merged.get_submodule(parent), name, module.modules_to_save["default"])
+    return merged
+
+
+def makes_heads(arguments: Mapping[str, Any]) -> bool:
+    """Whether peft trains the last layer of a task that it knows though the family has no such setting."""
+    return arguments["peft_type"] in _PROMPTS
+
+
 def require_heads(arguments: Mapping[str, Any], family: Family) -> None:
     """Raises ModelError where peft cannot train the task's own last layer beside this family."""
     config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[arguments["peft_type"]]
@@ -97,9 +116,36 @@ def usual_targets(base: nn.Module, arguments: Mapping[str, Any]) -> dict[str, An
     return {"target_modules": list(found)} if found else {}
 
 
+def require_known(name: str, kind: str, twice: bool, family: Family) -> None:
+    """Raises ModelError for a trained tensor of peft's that the family does not know, which an option has added.
+
+    Such a one would be averaged as if it were a weight of the model. `twice` says that the module has one of its name.
+    """
+    parts = name.split(".")
+    stranger = kind == "full" and "default" in parts and "modules_to_save" not in parts
+    if stranger or (twice and family.peft and kind == family.kind != "encoded" and not parts[-1].isdigit()):
+        raise ModelError(
+            sentence(
+                f"adapter.{family.name}.options",
+                expected="options that add no tensors to the method's own",
+                found=f"{name} to be trained",
+                remedy="leave that option out (DoRA is dora = true)",
+            )
+        )
+
+
 def refusal(base: nn.Module, family: Family, arguments: Mapping[str, Any], error: Exception) -> ModelError:
     """The error in words: which modules there are, or that the model cannot have such an adapter at all."""
     place = f"adapter.{family.name}"
+    if "gradient checkpointing" in str(error).lower():
+        return ModelError(
+            sentence(
+                place,
+                expected="layers that keep what they gave, in which the vectors stand",
+                found="model.gradient_checkpointing=true",
+                remedy="set it to false, or choose lora",
+            )
+        )
     if arguments["peft_type"] in _PROMPTS:
         return ModelError(
             sentence(

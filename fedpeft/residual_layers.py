@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from fedpeft.adapters import AdapterSpec, Family, Tensors
+from fedpeft.adapters import AdapterSpec, Family, Tensors, resizable
 
 NAME = "fedpeft_residual"
 """The residual's name among peft's adapters; no module of a base is called so."""
@@ -41,18 +41,22 @@ def install(model: nn.Module, family: Family, residual: Tensors) -> None:
 def described(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
     """Inside, peft's settings of the adapter say the ranks of `spec` and what scales go with them."""
     config: Any = getattr(model, "peft_config", {}).get("default")
-    modules = [module for module in spec.modules if module.rank]
+    modules = [module for module in spec.modules if resizable(module)]
     if config is None or not modules or all(module.rank == config.r for module in modules):
         yield
         return
-    before = {key: getattr(config, key) for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")}
-    root = math.sqrt if config.use_rslora else float
+    told = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+    before = {key: getattr(config, key) for key in told if hasattr(config, key)}
+    root = math.sqrt if getattr(config, "use_rslora", False) else float
     alphas = {module.path: module.scale * root(module.rank) for module in modules}
-    config.r = max(module.rank for module in modules)
-    config.lora_alpha = next(alphas[module.path] for module in modules if module.rank == config.r)
-    unlike = [module for module in modules if module.rank != config.r or alphas[module.path] != config.lora_alpha]
-    config.rank_pattern = {re.escape(module.path): module.rank for module in unlike}
-    config.alpha_pattern = {re.escape(module.path): alphas[module.path] for module in unlike}
+    rank = max(module.rank for module in modules)
+    alpha = next(alphas[module.path] for module in modules if module.rank == rank)
+    unlike = [module for module in modules if (module.rank, alphas[module.path]) != (rank, alpha)]
+    ranks = {re.escape(module.path): module.rank for module in unlike}
+    own = {re.escape(module.path): alphas[module.path] for module in unlike}
+    for key, value in zip(told, (rank, alpha, ranks, own), strict=True):
+        if key in before:  # HiRA has no alpha
+            setattr(config, key, value)
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from fedpeft.base_weights import held_bytes
 from fedpeft.commands.plan import needs, run_plan
 from fedpeft.config import digest
 from fedpeft.config.adapters import Lora
+from fedpeft.config.adapters.prompts import PrefixTuning
 from fedpeft.engines.local import LocalTransport
 from fedpeft.errors import ModelError
 from fedpeft.experiment import site_of
@@ -82,6 +83,11 @@ def test_layers_that_are_computed_again_give_the_same_gradients(
     assert found[0].keys() == found[1].keys()
     for key, gradient in found[0].items():
         torch.testing.assert_close(found[1][key], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_a_prefix_beside_layers_that_are_computed_again_is_one_sentence(tiny_model: Path) -> None:
+    with pytest.raises(ModelError, match=r"adapter\.prefix_tuning: .* found model\.gradient_checkpointing=true"):
+        tiny.load(tiny_model, PrefixTuning(virtual_tokens=2), gradient_checkpointing=True)
 
 
 def test_a_format_without_its_library_is_one_sentence(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

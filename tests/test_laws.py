@@ -31,6 +31,7 @@ SQUARE = AdapterSpec(
         ModuleSpec("layer", "lora_sb", 2, 1.0, (("A", (2, 3)), ("B", (3, 2)), ("R", (2, 2)))),
     ),
 )
+DORA = AdapterSpec("base", "lora", (ModuleSpec("layer", "dora", 2, 1.0, (("A", (2, 3)), ("B", (3, 2)), ("g", (3,)))),))
 FREE = rule("examples", gauge="free")
 
 
@@ -71,6 +72,17 @@ BROKEN: list[tuple[Parts, dict[str, Any], str, str]] = [
         {},
         "a tensor is frozen or local, never both",
         "layer.B",
+    ),
+    *(
+        (made(stage), {"spec": DORA}, "what moves together is trained and shared together", f"found layer.{name} ")
+        for name in ("B", "g")
+        for stage in (freeze([f"*.{name}"]), keep_local([f"*.{name}"]))
+    ),
+    (
+        preset("krum"),
+        {"spec": SQUARE, "updates": 9},
+        "a rule that makes new factors is for modules that take them",
+        "found lora_sb; choose fedavg, or judge factors",
     ),
     *(
         (preset(name, stage), {}, "a rule that makes new factors needs both of them", "found layer.A frozen or local")

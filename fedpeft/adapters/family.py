@@ -21,6 +21,14 @@ OWN_KINDS: Mapping[str, str] = {
 }
 """The kind of module that each method makes which peft does not have."""
 
+_CLASHES: Mapping[frozenset[str], str] = {
+    frozenset({"bitfit", "ia3"}): "scales multiply trained biases, so that neither's mean is exact",
+    frozenset({"bitfit", "road"}): "rotations turn trained biases, so that neither's mean is exact",
+    frozenset({"bitfit", "ssf"}): "scales multiply trained biases, so that neither's mean is exact",
+    frozenset({"bitfit", "ln_tuning"}): "both train the biases of the norms",
+}
+"""The families that cannot stand on one base together, and why."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -67,7 +75,7 @@ def together(families: Sequence[Family]) -> Family:
     """Several families on one base: layers of our own, and at most one that peft installs.
 
     Raises:
-        PlanError: peft would have to install two of them.
+        PlanError: peft would have to install two of them, or one multiplies what another adds.
     """
     by_peft = [family for family in families if family.peft]
     if len(by_peft) > 1:
@@ -77,9 +85,21 @@ def together(families: Sequence[Family]) -> Family:
                 "adapter.family",
                 expected="at most one family that peft installs",
                 found=names,
-                remedy="keep one of them, and add bitfit, layer_norm, ssf, houlsby, pfeiffer or parallel",
+                remedy="keep one of them, and add bitfit, houlsby, pfeiffer or parallel",
             )
         )
+    joined = {family.name for family in families}
+    for pair, why in _CLASHES.items():
+        if pair <= joined:
+            one, other = sorted(pair)
+            raise PlanError(
+                sentence(
+                    "adapter.family",
+                    expected=f"{one} or {other}",
+                    found=f"both, where {why}",
+                    remedy="keep one of them",
+                )
+            )
     first = by_peft[0] if by_peft else families[0]
     own = tuple(layers for family in families for layers in family.own)
     return replace(first, name="+".join(family.name for family in families), own=own)

@@ -25,10 +25,10 @@ class Kind:
     `axes` names its tensors and the axes of each that count the rank (none: it cannot be changed), `forms` the sets of
     tensors of which a module may consist (none: all of `axes`), `product` is what it does in factors, and
     `solve(after, tensor, shapes)` the tensors that do what `after` does, or what comes nearest, by name; without
-    it no rule can make new factors. `fixed` tensors are never trained. `coupled` ones move whenever the module is
-    trained, so none of them can be frozen alone. `residual` says that the base can take up what the adapter
-    does not hold, `weight` that the product is the change of the weight itself, `moved` that what travels are
-    other numbers than those that are trained.
+    it no rule can make new factors. `fixed` tensors are never trained, `beside` ones are no part of the product.
+    `coupled` ones move whenever the module is trained, so none of them can be frozen alone. `residual` says that the
+    base can take up what the adapter does not hold, `weight` that the product is the change of the weight itself,
+    `moved` that what travels are other numbers than those that are trained.
     """
 
     mean: str
@@ -37,6 +37,7 @@ class Kind:
     forms: tuple[frozenset[str], ...] = ()
     fixed: tuple[str, ...] = ()
     coupled: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     product: Callable[[Tensor, Collection[str]], Factors] | None = None
     solve: Callable[[Factors, Tensor, Mapping[str, tuple[int, ...]]], algebra.Named] | None = None
     weight: bool = False
@@ -76,6 +77,7 @@ KINDS: Mapping[str, Kind] = {
         "rows of the weight are scaled by g, of which the mean is exact, beside the product B A",
         {**_FACTORS, "g": ()},
         coupled=("B", "g"),
+        beside=("g",),
         moved=True,
         product=algebra.two_factors,
         solve=algebra.as_two_factors,

@@ -97,7 +97,9 @@ def rank_of(module: ModuleSpec) -> int:
     kind, shapes = KINDS[module.kind], dict(module.shapes)
     if kind.product is None or not kind.whole(shapes):
         return 0
-    if any(len(shape) > 2 for shape in shapes.values()):  # a convolution, whose factors are tensors of more axes
+    if "A" in shapes and any(
+        len(shape) > 2 for shape in shapes.values()
+    ):  # a convolution, whose factors are tensors of more axes
         return shapes["A"][0]
     return kind.product(lambda name: np.zeros(shapes[name]), list(shapes)).rank
 

@@ -82,7 +82,7 @@ class EvaluationConfig:
     The server scores its held-out rows every `every` rounds and after the last (0: only then). With
     `on_clients`, the cohort scores the new adapter on its own rows too. `metric` is the figure that progress,
     bounds and report show (empty: the task's main one); after `patience` evaluations without a better one the run
-    stops (0: never).
+    stops (0: never). Where a task answers in words, the report shows what the final adapter answered to `samples` rows.
     """
 
     every: int = 1
@@ -90,11 +90,13 @@ class EvaluationConfig:
     on_clients: bool = False
     metric: str = ""
     patience: int = 0
+    samples: int = 3
 
     def __post_init__(self) -> None:
         require_range(self, "every", 0)
         require_range(self, "batch_size", 1)
         require_range(self, "patience", 0)
+        require_range(self, "samples", 0)
         known = ("", *METRICS)
         require(self.metric in known, "metric", expected=f"one of {', '.join(METRICS)}", found=self.metric)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fedpeft.adapters import Factors, ModuleSpec, Tensors, factors
+from fedpeft.adapters import KINDS, Factors, ModuleSpec, Tensors, factors
 from fedpeft.merges import products
 
 _BLOCK = 1 << 16
@@ -25,7 +25,7 @@ def update_gram(modules: Sequence[ModuleSpec], received: Sequence[Tensors], delt
     Client k received the adapter `received[k]` and moved it by `deltas[k]`, which may lack a tensor that does not
     move. Ranks may differ between clients; a module that a client did not receive is a change of 0.
     """
-    inside = {key for module in modules for key in _keys(module)}
+    inside = {f"{m.path}.{name}" for m in modules for name, _ in m.shapes if name not in KINDS[m.kind].beside}
     gram = flat_gram([{key: value for key, value in delta.items() if key not in inside} for delta in deltas])
     for module in modules:
         gram += product_gram([_change(module, before, delta) for before, delta in zip(received, deltas, strict=True)])

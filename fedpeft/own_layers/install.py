@@ -185,7 +185,7 @@ _NOTHING = {
         "adapter.bitfit",
         expected="a base with biases that the settings name",
         found=f"none in {base}",
-        remedy="choose layer_norm or ssf, which train what it has, or name other biases",
+        remedy="choose ln_tuning or ssf, which train what it has, or name other biases",
     ),
     "layer_norm": lambda base: sentence(
         "adapter.layer_norm",

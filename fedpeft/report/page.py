@@ -78,6 +78,8 @@ def render_page(records: Sequence[Record]) -> str:
         _section("Result", _scroll(render_html(summary_table(records), "numbers summary"))),
         _section("Round by round and site by site", _plots(round_plots(run))),
     ]
+    if samples := _samples(run):
+        parts.append(_section("What it answers", samples))
     if merges := _merges(run):
         parts.append(_section("How exact the merges were", merges))
     failures = failure_table(records)
@@ -212,6 +214,13 @@ def _merges(run: History) -> str:
     told = f'<p class="words">{html.escape(said.replace(" %", _NO_BREAK_PERCENT))}</p>' if said else ""
     shown = _plots(drawn) if drawn else ""
     return told + shown + (_folded(modules_title(run, modules), modules, "numbers modules") if modules.rows else "")
+
+
+def _samples(run: History) -> str:
+    """What the final adapter answered to some held-out rows; empty where a task has no answers in words."""
+    samples = (run.end or {}).get("samples") or []
+    rows = tuple((sample["given"], sample["expected"], sample["answered"]) for sample in samples)
+    return _scroll(render_html(Table(("given", "expected", "answered"), rows), "words")) if rows else ""
 
 
 def _folded(title: str, table: Table, css_class: str) -> str:

@@ -181,12 +181,15 @@ def _reference(model: nn.Module) -> Iterator[None]:
     """Inside, `model` is the bare base in evaluation mode; after it, it is as before, down to what is trained.
 
     Peft sets what takes a gradient anew when it switches an adapter on again, also where a merge holds still a part.
+    Inside nothing takes one, so that autocast, which keeps its copies of what does, takes no copy of one for the other.
     """
     modes = [(module, module.training) for module in model.modules()]
     learned = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
         with disabled(model):
+            for parameter, _ in learned:
+                parameter.requires_grad_(False)
             yield
     finally:
         for module, training in modes:

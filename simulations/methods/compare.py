@@ -66,7 +66,10 @@ IMAGES: Methods = {
     "head_only": (),
 }
 SUITES: Mapping[str, Methods] = {"text": TEXT, "chat": CHAT, "images": IMAGES}
-"""What is run under which of the settings beside this file."""
+"""What is run, by the kind of model."""
+
+SETTINGS: Mapping[str, str] = {"text": "methods/text", "chat": "methods/chat", "images": "tasks/images"}
+"""The settings of each, under `simulations`."""
 
 
 class Row(NamedTuple):
@@ -91,9 +94,8 @@ def main(
 ) -> None:
     """Run what is not there yet, then print the table and write it beside the runs."""
     wanted = methods.split(";") if methods else None
-    jobs = [
-        (suite, method) for suite in suites.split(",") for method in SUITES[suite] if not wanted or method in wanted
-    ]
+    chosen = [(suite, SUITES[suite]) for suite in suites.split(",")]
+    jobs = [(suite, method) for suite, known in chosen for method in (wanted or known) if method in known]
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(lambda job: run(out, *job, set_ or []), jobs))
     text = table([row_of(suite, method, folder_of(out, suite, method)) for suite, method in jobs])
@@ -104,7 +106,8 @@ def main(
 def run(out: Path, suite: str, method: str, overrides: Sequence[str]) -> None:
     """The run of one method is finished."""
     sets = [f"adapter.family={method.split(',')[0]}", *SUITES[suite][method], *overrides]
-    settings = Path(__file__).parent / f"{suite}.toml"
+    settings = Path(__file__).parent.parent / f"{SETTINGS[suite]}.toml"
+    sets += ["evaluation.every=0", "evaluation.samples=0", "compute.threads=1"]
     run_to_end(settings, folder_of(out, suite, method), sets, bounds=False)
 
 

@@ -63,7 +63,12 @@ def dense(tensors: Tensors, path: str) -> np.ndarray:
 
 
 def test_the_axes_of_rank_by_name() -> None:
-    assert RANK_AXES == {"lora": {"A": (0,), "B": (1,)}, "lora_sb": {"A": (0,), "B": (1,), "R": (0, 1)}}
+    factors = {"A": (0,), "B": (1,)}
+    assert {kind: axes for kind, axes in RANK_AXES.items() if any(axes.values())} == {
+        **dict.fromkeys(("lora", "lora_fa", "hira"), factors),
+        "lora_sb": {**factors, "R": (0, 1)},
+        "dora": {**factors, "g": ()},
+    }
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from fedpeft import models
-from fedpeft.adapters import AdapterState, at_rank, resized
 from fedpeft.config.adapters import ADAPTERS
 from fedpeft.errors import ModelError
 from fedpeft.models import AdaptedModel
@@ -74,19 +73,3 @@ def test_ranks_by_pattern_are_saved_so_that_stock_peft_loads_them(tmp_path: Path
     models.save_adapter(made, state, tmp_path)
     again = peft.PeftModel.from_pretrained(bare("bert"), str(tmp_path))
     assert torch.equal(logits(again, "bert"), logits(made.model, "bert"))
-
-
-@pytest.mark.parametrize(("name", "settings"), [("lora", {}), ("lora", {"dora": True}), ("hira", {})])
-def test_a_node_of_lower_rank_computes_with_the_leading_rows_and_columns(name: str, settings: dict[str, Any]) -> None:
-    """Padded with zeros to the server's rank, the adapter of a node of rank 1 does what it does there."""
-    made = adapted(name, "bert", rank=3, target_modules=("query", "value"), **settings)
-    whole = fitted(made, "bert", made.initial, 1)
-    small = at_rank(made.spec, 1)
-    held = AdapterState(small, resized(whole.tensors, small))
-    models.install(made, held)
-    assert models.extract(made).spec == small
-    found = logits(made.model, "bert")
-    again = fitted(made, "bert", held, 2, steps=1)
-    assert again.spec == small
-    models.install(made, AdapterState(made.spec, resized(held.tensors, made.spec)))
-    assert torch.allclose(found, logits(made.model, "bert"), atol=1e-6)

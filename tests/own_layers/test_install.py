@@ -163,12 +163,12 @@ def test_a_model_without_a_head_is_a_base_too() -> None:
         ("bert", "houlsby", {"target_modules": ["dropout"]}, r"on bert\.\S+dropout: expected a module with linear lay"),
         ("bert", "parallel", {"layers": [0, 2]}, r"layers: expected some of the layers that it fits, 0 to 1, found 2"),
         ("bert", "bitfit", {"biases": ["*.nothing"]}, r"^adapter\.bitfit: expected a base with biases that the sett"),
-        ("llama", "bitfit", {}, r"^adapter\.bitfit: .* found none in LlamaForCausalLM; choose layer_norm or ssf"),
+        ("llama", "bitfit", {}, r"^adapter\.bitfit: .* found none in LlamaForCausalLM; choose ln_tuning or ssf"),
         (
             "t5",
             "bitfit",
             {},
-            r"^adapter\.bitfit: .* found none in T5ForConditionalGeneration; choose layer_norm or ssf",
+            r"^adapter\.bitfit: .* found none in T5ForConditionalGeneration; choose ln_tuning or ssf",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,16 @@ def test_a_site_with_no_rows_or_a_bad_one_is_named(tmp_path: Path, request: pyte
     config = made("sequence_classification", tmp_path, request)
     with pytest.raises(DataError, match=r"partition 1, row 1: .* labels maybe, no, yes, found 'perhaps'"):
         site_of(config, 1, lambda config: [Row("so", "perhaps")])
+
+
+def test_the_report_shows_what_the_model_answers(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    config = made("causal_lm", tmp_path / "run", request)
+    folder = folder_for(config)
+    transport = LocalTransport(
+        config.federation.clients, lambda partition: site_of(config, partition), FolderMemory(folder.memories)
+    )
+    end = federate(config, folder, transport, engine="local")[-1]
+    assert [sorted(sample) for sample in end["samples"]] == [["answered", "expected", "given"]] * 3
+    page = (folder.root / "report.html").read_text()
+    assert "What it answers" in page
+    assert all(html.escape(sample["expected"]) in page for sample in end["samples"])

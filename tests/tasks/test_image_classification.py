@@ -17,7 +17,7 @@ from fedpeft.config.training import ModelConfig
 from fedpeft.data.fields import Row
 from fedpeft.errors import ConfigError, DataError, ModelError, PlanError
 from fedpeft.evaluation import evaluate
-from fedpeft.experiment import adapted_model, check_plan, evaluator_of, test_examples
+from fedpeft.experiment import adapted_model, check_plan, evaluator_of
 from fedpeft.federate import federate
 from fedpeft.models import AdaptedModel
 from fedpeft.runs import folder_for
@@ -142,8 +142,8 @@ def test_another_size_than_the_bases_own_is_learned_from(base: str, bases: dict[
     assert any(binding.parameter.grad.abs().max() > 0 for binding in adapted.bindings.values())
     inner: Any = adapted.model.get_base_model()  # type: ignore[operator]
     stretch = {"interpolate_pos_encoding": True} if base == "vit" else {}
-    logits = inner(pixel_values=batch["pixel_values"], **stretch).logits
-    assert float(loss) == pytest.approx(float(functional.cross_entropy(logits, batch["labels"])), rel=1e-6)
+    logits = inner(pixel_values=batch["pixel_values"], **stretch).logits.detach()
+    assert float(loss.detach()) == pytest.approx(float(functional.cross_entropy(logits, batch["labels"])), rel=1e-6)
     found = evaluate(adapted, task, examples, 4)
     assert found["accuracy"] == pytest.approx(float((logits.argmax(-1) == batch["labels"]).float().mean()))
 
@@ -255,7 +255,6 @@ def test_a_federation_gets_better_at_it_and_does_so_twice(
         assert after["accuracy"] > max(0.6, before["accuracy"])
         assert after["loss"] < before["loss"]
         assert {name: one["rows"] for name, one in after["groups"].items()} == {"day": 9, "night": 9}
-        assert len(test_examples(config)) == 18
         adapters.append((folder.adapter / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]
     assert json.loads((folder.adapter / "preprocessor_config.json").read_text())["image_mean"]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from fedpeft import models
 from fedpeft.bases import load_tokenizer
@@ -173,6 +174,25 @@ def test_the_reference_has_no_dropout(biased_llama: Path) -> None:
     chosen, rejected = np.split(0.3 * (spoken - bare), 2)
     assert found == pytest.approx(np.log1p(np.exp(rejected - chosen)).mean(), rel=1e-4)
     assert abs(spoken - bare).max() > 0.5
+
+
+@pytest.mark.parametrize("family", ["bitfit", "lora"])
+def test_lower_precision_mixes_up_nothing(family: str, load: Callable[[str], AdaptedModel]) -> None:
+    adapted, task = load(family), build_task(SETTINGS)
+    models.install(adapted, tiny.moved(adapted.initial))
+    batch, losses, gradients = batch_of(adapted, task), [], []
+    for lower in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            loss = task.loss(adapted.model, batch)
+        torch.autograd.backward(loss)
+        losses.append(float(loss.detach()))
+        gradients.append(torch.cat([binding.parameter.grad.flatten() for binding in adapted.bindings.values()]))
+        adapted.model.zero_grad()
+    assert losses[1] == pytest.approx(losses[0], abs=0.02)
+    assert functional.cosine_similarity(*gradients, dim=0) > 0.98
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        first, again = (task.score(adapted.model, batch) for _ in range(2))
+    assert all(np.array_equal(first[key], again[key]) for key in first)
 
 
 @every_family
