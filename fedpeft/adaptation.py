@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import peft
+import torch
 from torch import nn
 
 from fedpeft import own_layers, peft_layers, sb_layers
@@ -38,6 +39,8 @@ _REFUSALS = (ValueError, TypeError, AttributeError, LookupError, NotImplementedE
 _REBUILT: Mapping[str, Callable[[nn.Module, Family], None]] = {
     "lora_sb": sb_layers.rebuild,
     "encoded": lambda model, family: encode_prompts(model),  # noqa: ARG005
+    # FRoD makes sparse tensors; torch warns until it is told whether they are to be checked, which is slow.
+    "frod": lambda model, family: torch.sparse.check_sparse_tensor_invariants.disable(),  # type: ignore[no-untyped-call]  # noqa: ARG005
 }
 """What is done to peft's layers of a kind that peft does not have."""
 

@@ -231,7 +231,7 @@ def test_public_names_are_sorted() -> None:
 
 CLEAN = '"""What is here."""\n'
 PLANTED = [
-    ("fedpeft/codecs/dense.py", "import torch", "imports torch; torch lives in fedpeft/adaptation, fedpeft/base_weights"),
+    ("fedpeft/codecs/dense.py", "import torch", "imports torch; torch lives in fedpeft/adaptation"),
     ("fedpeft/codecs/dense.py", "from torch import nn", "imports torch"),
     ("fedpeft/codecs/dense.py", "def f():\n    import torch.nn", ":3 imports torch"),
     (
