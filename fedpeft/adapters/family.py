@@ -18,6 +18,7 @@ OWN_KINDS: Mapping[str, str] = {
     "pfeiffer": "bottleneck",
     "parallel": "bottleneck",
     "ssf": "ssf",
+    "visual_prompt": "prompt",
 }
 """The kind of module that each method makes which peft does not have."""
 

@@ -14,8 +14,10 @@ from fedpeft.own_layers.layers import (
     FIRST,
     Bottleneck,
     OwnLayer,
+    Prompted,
     Scaled,
     Scaling,
+    Vectors,
     canonical,
     claims,
     innermost,
@@ -93,6 +95,12 @@ def _placed(
     base: nn.Module, modules: Mapping[str, nn.Module], method: Method, settings: Settings
 ) -> Iterator[tuple[str, type[OwnLayer]]]:
     """The paths of the modules that get a layer, and which."""
+    if method.find:
+        found = method.find(modules)
+        if not found:
+            raise ModelError(_NOTHING[method.name](type(base).__name__))
+        yield from ((path, method.unnamed) for path in found)
+        return
     if not method.placements:
         chosen = named(modules, settings.target_modules, method.name) if settings.target_modules else scalable(modules)
         yield from ((path, Scaled) for path in chosen)
@@ -125,8 +133,17 @@ def _own(kind: type[OwnLayer], module: nn.Module, settings: Settings, place: str
     width = width_out_of(module, place)
     if kind is Scaled:
         return Scaling(width, trailing=2 if isinstance(innermost(module), nn.Conv2d) else 0)
+    if kind is Prompted:
+        return Vectors(settings.tokens, width, _patch(module))
     inputs = width_into(module, place) if kind.reads_input else width
     return Bottleneck(inputs, width, settings.size(width), settings.scale, settings.activation)
+
+
+def _patch(module: Any) -> int:
+    """The side of a patch, in pixels."""
+    projection: Any = innermost(module).get_submodule("patch_embeddings.projection")
+    size = projection.kernel_size
+    return int(size[0] if isinstance(size, tuple) else size)
 
 
 def _require_new(module: nn.Module, method: Method, place: str) -> None:
@@ -186,6 +203,12 @@ _NOTHING = {
         expected="a base with biases that the settings name",
         found=f"none in {base}",
         remedy="choose ln_tuning or ssf, which train what it has, or name other biases",
+    ),
+    "visual_prompt": lambda base: sentence(
+        "adapter.visual_prompt",
+        expected="a base that reads images patch by patch",
+        found=base,
+        remedy="choose prompt_tuning for a base of texts",
     ),
     "layer_norm": lambda base: sentence(
         "adapter.layer_norm",

@@ -78,6 +78,24 @@ class Scaling(nn.Module):
         return (h * self.scale.view(shape) + self.shift.view(shape)).to(h.dtype)
 
 
+class Vectors(nn.Module):
+    """Vectors `(tokens, width)` that stand among those of an image's patches, drawn from torch's global generator.
+
+    Source: Jia et al. 2022, "Visual Prompt Tuning", section 3.2 (VPT-shallow), which draws them uniformly in
+    ±√(6 / (3 patch² + width)).
+    """
+
+    def __init__(self, tokens: int, width: int, patch: int) -> None:
+        super().__init__()
+        bound = math.sqrt(6 / (3 * patch**2 + width))
+        self.vectors = nn.Parameter(nn.init.uniform_(torch.empty(tokens, width), -bound, bound))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """What an image begins with, the vectors, and its patches: `(batch, 1 + tokens + patches, width)`."""
+        vectors = self.vectors.to(h.dtype).expand(len(h), -1, -1)
+        return torch.cat([h[:, :1], vectors, h[:, 1:]], dim=1)
+
+
 class OwnLayer(nn.Module):
     """A module of the base as `base_layer`, and beside it a method's own submodule, `fedpeft_<method>`.
 
@@ -165,6 +183,14 @@ class Scaled(OwnLayer):
 
     def adapted(self, *args: Any, **kwargs: Any) -> Any:
         """Scale ⊙ base(x) + shift."""
+        return self.own(self.base_layer(*args, **kwargs))
+
+
+class Prompted(OwnLayer):
+    """Vectors behind the first of those that a base's embeddings make of an image."""
+
+    def adapted(self, *args: Any, **kwargs: Any) -> Any:
+        """What the base's embeddings make, with the vectors in it."""
         return self.own(self.base_layer(*args, **kwargs))
 
 

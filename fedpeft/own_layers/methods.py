@@ -15,11 +15,14 @@ from; `ssf` leaves out norms that have no bias, since no shift would merge into 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedpeft.own_layers.layers import BeforeNorm, OwnLayer, Parallel, ParallelTail, Serial
+from torch import nn
+
+from fedpeft.own_layers.layers import BeforeNorm, OwnLayer, Parallel, ParallelTail, Prompted, Serial
+from fedpeft.own_layers.places import patch_embeddings
 
 BOTTLENECK: tuple[str, ...] = ("down.weight", "down.bias", "up.weight", "up.bias")
 """The tensors of a bottleneck: (size, width), (size,), (width, size), (width,)."""
@@ -35,7 +38,7 @@ class Method:
     `settings` are the settings that it takes, at their defaults. `tensors` are the names of the tensors that each
     `fedpeft_<name>` holds; a method with none trains parameters of the base instead. `placements` are alternatives:
     the first is used whose parts the architecture has. `unnamed` is the layer for a module that only
-    `target_modules` names. `merges` says whether the base's weights can take it up.
+    `target_modules` names, or that `find` finds in the base. `merges` says whether the base's weights can take it up.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Method:
     tensors: tuple[str, ...] = ()
     placements: tuple[Placement, ...] = ()
     unnamed: type[OwnLayer] = Serial
+    find: Callable[[Mapping[str, nn.Module]], list[str]] | None = None
     merges: bool = False
 
     @property
@@ -72,5 +76,6 @@ OWN: Mapping[str, Method] = {
         Parallel,
     ),
     "ssf": Method("ssf", _WHERE, ("scale", "shift"), merges=True),
+    "visual_prompt": Method("visual_prompt", {"tokens": 10}, ("vectors",), unnamed=Prompted, find=patch_embeddings),
 }
 """Every method, by name."""

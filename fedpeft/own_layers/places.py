@@ -147,6 +147,12 @@ def scalable(modules: Mapping[str, nn.Module]) -> list[str]:
     return [path for path, module in modules.items() if _is_scalable(innermost(module))]
 
 
+def patch_embeddings(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The paths of the modules that make vectors of an image's patches, with one before them that stands for all."""
+    inner = ((path, innermost(module)) for path, module in modules.items())
+    return [path for path, module in inner if hasattr(module, "patch_embeddings") and hasattr(module, "cls_token")]
+
+
 def norms(modules: Mapping[str, nn.Module]) -> list[str]:
     """The paths of the norms over features."""
     return [path for path, module in modules.items() if _is_norm(innermost(module))]

@@ -21,7 +21,8 @@ class Settings:
 
     A bottleneck has `bottleneck` hidden units, or where that is 0 the width divided by `reduction`. `layers` are
     indices and `target_modules` the last components of paths; empty means all, and the method's own choice. `biases`
-    are patterns, as in `fnmatch`, of the full names of the biases to train; empty means all.
+    are patterns, as in `fnmatch`, of the full names of the biases to train; empty means all. A prompt has `tokens`
+    vectors.
     """
 
     bottleneck: int = 0
@@ -31,6 +32,7 @@ class Settings:
     layers: tuple[int, ...] = ()
     target_modules: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
+    tokens: int = 10
 
     def size(self, width: int) -> int:
         """How many hidden units a bottleneck has beside a module of `width`."""
@@ -103,6 +105,7 @@ def _text(value: Any) -> bool:
 _RULES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "bottleneck": (f"a whole number, 0 to {_MOST}", _whole(0)),
     "reduction": (f"a whole number, 1 to {_MOST}", _whole(1)),
+    "tokens": ("a whole number, 1 or more", _whole(1)),
     "scale": ("a number above 0", _positive),
     "activation": (f"one of {', '.join(ACTIVATIONS)}", lambda value: isinstance(value, str) and value in ACTIVATIONS),
     "layers": ("a list of layers' indices", _each(_whole(0))),

@@ -19,7 +19,9 @@ from fedpeft import journal
 from fedpeft.adapters import KINDS
 from fedpeft.config import from_flat
 from fedpeft.config.adapters.methods import TIERS
+from fedpeft.experiment import adapted_model, evaluator_of
 from fedpeft.report.units import human_bytes, human_count
+from fedpeft.runs import reopen
 from simulations.runs import run_to_end
 
 Methods = Mapping[str, tuple[str, ...]]
@@ -63,6 +65,7 @@ IMAGES: Methods = {
     "lora": (),
     "ia3": ("training.learning_rate=5e-3",),
     "ssf": ("training.learning_rate=5e-3",),
+    "visual_prompt": ("training.learning_rate=5e-3",),
     "head_only": (),
 }
 SUITES: Mapping[str, Methods] = {"text": TEXT, "chat": CHAT, "images": IMAGES}
@@ -98,7 +101,10 @@ def main(
     jobs = [(suite, method) for suite, known in chosen for method in (wanted or known) if method in known]
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(lambda job: run(out, *job, set_ or []), jobs))
-    text = table([row_of(suite, method, folder_of(out, suite, method)) for suite, method in jobs])
+    rows = [row_of(suite, method, folder_of(out, suite, method)) for suite, method in jobs]
+    if any(suite == "chat" for suite, _ in jobs):
+        rows.append(untrained(folder_of(out, "chat", "lora")))
+    text = table(rows)
     (out / "table.md").write_text(text, encoding="utf-8")
     typer.echo(text)
 
@@ -135,6 +141,14 @@ def row_of(suite: str, method: str, folder: Path) -> Row:
         end["bytes_up"] + end["bytes_down"],
         end["seconds"],
     )
+
+
+def untrained(folder: Path) -> Row:
+    """The model that a run began with, on the same held-out rows; of a task without a last layer of its own."""
+    config = reopen(folder, [])[1]
+    task: Any = config.task.chosen
+    figures = evaluator_of(config)(adapted_model(config).initial)
+    return Row("chat", "the model as it is", "–", figures, task.metrics[0], 0, 0, 0.0)
 
 
 def table(rows: Sequence[Row]) -> str:

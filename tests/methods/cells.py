@@ -85,6 +85,7 @@ _SMALL: Mapping[str, Mapping[str, Any]] = {
     "prefix_tuning": {"virtual_tokens": 3},
     "p_tuning": {"virtual_tokens": 3, "hidden": 8},
     "llama_adapter": {"virtual_tokens": 3, "layers": 1},
+    "visual_prompt": {"virtual_tokens": 3},
     "houlsby": {"size": 4},
     "pfeiffer": {"size": 4},
     "parallel": {"size": 4},
@@ -129,6 +130,7 @@ REFUSALS: Mapping[tuple[str, str], str] = {
             "houlsby+prompt_tuning",
         )
     },
+    **{("visual_prompt", kind): "a base that reads images patch by patch" for kind in ("llama", "bert", "t5")},
     ("llama_adapter", "bert"): _NO_INPUT,
     ("llama_adapter", "t5"): _NO_INPUT,
     ("llama_adapter", "vit"): _NO_HEAD,

@@ -40,7 +40,9 @@ def effect(subject: Subject, state: AdapterState) -> Effect:
     models.install(adapted, state)
     if subject.kinds & set(BESIDE):
         found |= _beside(adapted.model)
-    if subject.kinds & set(PROMPTS):
+    if "visual_prompt" in dict(adapted.family.own):
+        found |= {name: numbers(p) for name, p in adapted.model.named_parameters() if name.endswith(".vectors")}
+    elif subject.kinds & set(PROMPTS):
         found[adapted.family.name] = numbers(adapted.model.get_prompt_embedding_to_save("default"))
     if "llama_adapter" in subject.kinds:
         found[adapted.family.name] = _attention(subject)

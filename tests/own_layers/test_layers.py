@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import gelu, relu
 
+from fedpeft.errors import ModelError
 from fedpeft.own_layers import install, switched_off, trainable
-from tests.own_layers.test_methods import bare, values
+from tests import tiny_models
+from tests.own_layers.test_methods import bare, loss, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,3 +149,28 @@ def test_one_method_on_a_module_and_on_one_inside_it() -> None:
     h = h + bottleneck(down.fedpeft_houlsby, h, 1.0, gelu)
     assert torch.allclose(mlp(X), h + bottleneck(mlp.fedpeft_houlsby, h, 1.0, gelu), rtol=1e-4, atol=1e-4)
     assert len(trainable(model)) == 2 * 4
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2"])
+def test_a_visual_prompt_stands_between_what_an_image_begins_with_and_its_patches(kind: str) -> None:
+    model, plainly = bare(kind), values(bare(kind), kind)
+    install(model, "visual_prompt", {"tokens": 3})
+    ((name, vectors),) = trainable(model).items()
+    assert name.endswith("embeddings.fedpeft_visual_prompt.vectors")
+    layer = model.get_submodule(name.rpartition(".fedpeft_")[0])
+    pixels = tiny_models.batch(kind, 9)["pixel_values"]
+    made, plain = layer(pixels), layer.base_layer(pixels)
+    assert torch.equal(made[:, :1], plain[:, :1])
+    assert torch.equal(made[:, 1:4], vectors.expand(len(pixels), -1, -1))
+    assert torch.equal(made[:, 4:], plain[:, 1:])
+    assert not torch.equal(values(model, kind), plainly)
+    torch.autograd.backward(loss(model, kind, 9))
+    assert vectors.grad is not None
+    assert bool(torch.all(vectors.grad.abs().sum(1) > 0))
+    with switched_off(model):
+        assert torch.equal(values(model, kind), plainly)
+
+
+def test_a_visual_prompt_on_a_base_of_texts_is_one_sentence() -> None:
+    with pytest.raises(ModelError, match="expected a base that reads images patch by patch, found BertFor"):
+        install(tiny_models.bert(), "visual_prompt", {})

@@ -34,7 +34,7 @@ everywhere = pytest.mark.parametrize(
     [
         (kind, method)
         for kind in tiny_models.MODELS
-        for method in OWN
+        for method in SETTINGS
         if not (method == "bitfit" and kind in WITHOUT_BIASES)
     ],
 )

@@ -11,7 +11,7 @@ from fedpeft.config.adapters.bottlenecks import Houlsby, ParallelAdapter, Pfeiff
 from fedpeft.config.adapters.common import HYBRID, REPARAMETERISED
 from fedpeft.config.adapters.low_rank import Lora, LoraSb
 from fedpeft.config.adapters.products import AdaLora, HiRa, LoHa, LoKr
-from fedpeft.config.adapters.prompts import LlamaAdapter, PrefixTuning, PromptTuning, PTuning
+from fedpeft.config.adapters.prompts import LlamaAdapter, PrefixTuning, PromptTuning, PTuning, VisualPrompt
 from fedpeft.config.adapters.rotations import Boft, Hra, Oft, Road
 from fedpeft.config.adapters.scales import BitFit, HeadOnly, Ia3, LnTuning, TrainableTokens
 from fedpeft.config.adapters.shared_bases import Frod, RandLora, Shira, TinyLora, Vera
@@ -75,6 +75,7 @@ ADAPTERS = Table(
         "prefix_tuning": PrefixTuning,
         "p_tuning": PTuning,
         "llama_adapter": LlamaAdapter,
+        "visual_prompt": VisualPrompt,
         "houlsby": Houlsby,
         "pfeiffer": Pfeiffer,
         "parallel": ParallelAdapter,

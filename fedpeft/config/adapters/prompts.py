@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedpeft.adapters import Family, peft_family, prompt_tuning
+from fedpeft.adapters import Family, own_family, peft_family, prompt_tuning
 from fedpeft.config.adapters.common import ADDITIVE
 from fedpeft.config.fields import require_range
 
@@ -72,6 +72,24 @@ class PTuning:
         """The family that these settings describe."""
         arguments = {"num_virtual_tokens": self.virtual_tokens, "encoder_hidden_size": self.hidden}
         return replace(peft_family("p_tuning", "P_TUNING", _NAMES, "encoded", **arguments), prefix=_PREFIX)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualPrompt:
+    """Learned vectors before the patches of an image (VPT-shallow).
+
+    Source: Jia et al. 2022, "Visual Prompt Tuning", section 3.2.
+    """
+
+    group: ClassVar[str] = ADDITIVE
+    virtual_tokens: int = 10
+
+    def __post_init__(self) -> None:
+        require_range(self, "virtual_tokens", 1)
+
+    def build(self) -> Family:
+        """The family that these settings describe."""
+        return own_family("visual_prompt", tokens=self.virtual_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
