@@ -19,7 +19,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export TOKENIZERS_PARALLELISM := false
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help setup install assets browser demo test check format format-check lint types tests constraints
+.PHONY: help setup install assets test-assets browser demo test check format format-check lint types tests constraints
 .NOTPARALLEL:
 
 help: ## say what each command does
@@ -36,7 +36,7 @@ demo: setup ## set up, then run the main job: twelve sites learn sentiment toget
 	$(SAY) "Running simulations/demo.toml; the run folder is $$out"; \
 	$(BIN)/fedpeft simulate simulations/demo.toml --set "out=$$out" $(ARGS)
 
-test: setup browser ## set up, then run every check and every test
+test: setup test-assets browser ## set up, then run every check and every test
 	@$(MAKE) --no-print-directory check
 
 check: format-check lint types tests ## formatting, lint, types and all tests, in what is set up already
@@ -63,8 +63,12 @@ $(STAMP):
 	@rm -f .venv/.installed-* && touch $@
 
 assets: $(STAMP)
-	@$(SAY) "Fetching the models and data of demo and tests, unless they are here"
-	@for name in demo chat dinov2; do $(BIN)/fedpeft assets fetch $$name || exit; done
+	@$(SAY) "Fetching the demo's model and data, unless they are here"
+	@$(BIN)/fedpeft assets fetch demo
+
+test-assets: $(STAMP)
+	@$(SAY) "Fetching the models that tests read besides, unless they are here"
+	@for name in chat dinov2; do $(BIN)/fedpeft assets fetch $$name || exit; done
 
 browser:
 	@if command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; then :; \

@@ -13,7 +13,7 @@ import pytest
 
 import fedpeft.adapters.ranks as adapter_ranks
 import fedpeft.config.robust as robust_presets
-from fedpeft import client, laws, models, residual_layers, strategy, training
+from fedpeft import adaptation, client, laws, models, residual_layers, strategy, training
 from fedpeft.adapter_folders import read_adapter_folder
 from fedpeft.adapters import AdapterSpec, AdapterState, Factors, ModuleSpec, Tensors, absorbed, at_rank, at_ranks
 from fedpeft.adapters import resized as leading
@@ -121,21 +121,21 @@ def test_alpha_over_rank_is_in_the_stack(tiny_model: Path, caught: Callable[...,
     server = tiny.load(tiny_model, Lora(rank=4, alpha=4.0, target_modules=("query", "dense")))
     clients = [loaded(tiny_model, rank=2, alpha=8.0), loaded(tiny_model, rank=4, alpha=2.0)]
 
-    def without_scale(binding: models.Binding) -> np.ndarray:
-        return np.array(binding.parameter.detach().numpy())
+    def without_scale(value: Any, scale: float) -> np.ndarray:
+        return np.array(value.detach().numpy())
 
-    caught(lambda: assert_mean_of_layers(server, clients), models, "_folded", without_scale)
+    caught(lambda: assert_mean_of_layers(server, clients), models, "_copied", without_scale)
 
 
 def test_alpha_is_over_each_clients_own_rank(tiny_model: Path, caught: Callable[..., None]) -> None:
     # All have alpha 8, so that a scale of alpha over the server's rank is right for one of them.
     server = tiny.load(tiny_model, Lora(rank=4, alpha=8.0, target_modules=("query", "dense")))
-    scales = models._scales
+    scales = adaptation._scales
 
     def check() -> None:
         assert_mean_of_layers(server, [loaded(tiny_model, rank=rank, alpha=8.0) for rank in (2, 4)])
 
-    caught(check, models, "_scales", lambda model, family: dict.fromkeys(scales(model, family), 8.0 / 4))
+    caught(check, adaptation, "_scales", lambda model, family: dict.fromkeys(scales(model, family), 8.0 / 4))
 
 
 def test_alpha_follows_the_rank_that_is_exported(tiny_model: Path, tmp_path: Path, caught: Callable[..., None]) -> None:
