@@ -42,7 +42,7 @@ _REBUILT: Mapping[str, Callable[[nn.Module, Family], None]] = {
     # FRoD makes sparse tensors; torch warns until it is told whether they are to be checked, which is slow.
     "frod": lambda model, family: torch.sparse.check_sparse_tensor_invariants.disable(),  # type: ignore[no-untyped-call]  # noqa: ARG005
 }
-"""What is done to peft's layers of a kind that peft does not have."""
+"""What is done to peft's layers, or said to torch, for a kind of module once they are there."""
 
 
 @dataclass(frozen=True)

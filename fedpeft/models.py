@@ -58,7 +58,7 @@ class AdaptedModel:
 def load(config: ModelConfig, family: Family, head: Head, seed: int) -> AdaptedModel:
     """The base that `config` names, with the last layer of `head` and a fresh adapter drawn from `seed`.
 
-    The base is in float32 and never trained. Two processes with the same arguments hold the same numbers.
+    The base is never trained. Two processes with the same arguments hold the same numbers.
 
     Raises:
         ModelError: the base cannot be loaded, or the family cannot be put on it.
@@ -105,11 +105,9 @@ def _train_in_float32(model: nn.Module) -> None:
 
 
 def _precision(config: ModelConfig, device: torch.device) -> torch.dtype:
-    """The type that is computed in: on a CPU that of the base's weights, which meet trained ones in float32."""
-    if device.type == "cuda":
-        found: torch.dtype = getattr(torch, config.precision)
-        return found
-    return torch.bfloat16 if config.weights == "bfloat16" else torch.float32
+    """The type that is computed in: where the base's weights are in bfloat16, which meet trained ones, no wider one."""
+    asked: torch.dtype = getattr(torch, config.precision) if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if config.weights == "bfloat16" and asked == torch.float32 else asked
 
 
 def most_tokens(adapted: AdaptedModel) -> int:

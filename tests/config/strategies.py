@@ -37,6 +37,7 @@ BOUND: dict[str, st.SearchStrategy[Any]] = {
     "delimiter": st.characters(exclude_categories=("Cs",)),
     "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
     "form": st.sampled_from(["prompt", "messages"]),
+    "group_size": st.integers(2, 40),
     "keep": st.floats(0.01, 1.0),
     "label_smoothing": st.floats(0.0, 0.5),
     "labels": st.lists(TEXTS, min_size=2, max_size=4, unique=True).map(tuple),

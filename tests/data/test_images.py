@@ -183,12 +183,19 @@ read(Images({str(folder)!r}), ("image", "label"))
     assert "a.bmp: expected the library Pillow, found it is not installed; install fedpeft[vision]" in done.stderr
 
 
-@pytest.mark.assets
-def test_the_photographs_of_clothes_are_distinct_and_keep_their_labels() -> None:
+def test_images_of_an_asset_stand_beside_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDPEFT_HOME", str(tmp_path))
+    asset = assets.ASSETS["fashion"]
+    folder = tmp_path / f"fashion-{asset.digest[:12]}"
+    folder.mkdir()
+    np.save(folder / assets.IMAGES_FILE, STACK)
+    records = [{"image": at, "label": f"kind {at % 2}", "group": "tops", "split": "train"} for at in (4, 0, 2)]
+    (folder / asset.rows).write_text("".join(json.dumps(record) + "\n" for record in records))
     rows = read(Bundled("fashion"), ROLES)
-    assert (len(rows), len({row.label for row in rows}), len({row.group for row in rows})) == (70_000, 10, 4)
-    assert len({row.text for row in rows}) > 69_000
-    lines = assets.rows_path("fashion").read_text().splitlines()
-    where = rows[-1].fields["image"]
-    assert where == (str(assets.rows_path("fashion").parent / "images.npy"), str(json.loads(lines[-1])["image"]))
-    assert pixels(where).shape == (28, 28, 3)
+    assert [(row.label, row.group) for row in rows] == [("kind 0", "tops")] * 3
+    assert len({row.text for row in rows}) == 3
+    images = [pixels(row.fields["image"]) for row in rows]
+    assert all(
+        np.array_equal(image, np.repeat(STACK[at][:, :, None], 3, 2))
+        for image, at in zip(images, (4, 0, 2), strict=True)
+    )
