@@ -163,6 +163,11 @@ def adapted_model(config: RunConfig) -> AdaptedModel:
     return _adapted(config.model, config.adapter.chosen, config.task.chosen.head, config.seed)
 
 
+def release_models() -> None:
+    """The models that this process keeps are let go, as far as nobody else holds them."""
+    _adapted.cache_clear()
+
+
 def task_of(config: RunConfig) -> Task:
     """The task that the settings describe."""
     return build_task(config.task.chosen)

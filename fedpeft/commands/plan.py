@@ -12,7 +12,7 @@ import typer
 from fedpeft.base_weights import held_bytes
 from fedpeft.config import RunConfig, load
 from fedpeft.errors import ModelError
-from fedpeft.experiment import adapted_model, check_plan, learner_of, resolve, test_examples
+from fedpeft.experiment import adapted_model, check_plan, learner_of, release_models, resolve, test_examples
 from fedpeft.report.tables import Table, render_plain
 from fedpeft.report.units import human_bytes
 from fedpeft.training import fit_memory_bytes, training_memory_bytes
@@ -43,8 +43,7 @@ def run_plan(path: Path, overrides: list[str], gigabytes: float) -> None:
         FedPeftError: settings, data or model cannot be used.
     """
     config = resolve(load(path, overrides))
-    adapted = adapted_model(config)
-    check_plan(config, adapted)
+    check_plan(config, adapted_model(config))
     room = int(gigabytes * 1e9) or training_memory_bytes(learner_of(config, test_examples(config)))
     found = list(needs(config))
     rows = tuple((_name(need, config), *_cells(need, room)) for need in found)
@@ -59,9 +58,12 @@ def needs(config: RunConfig) -> Iterator[Need]:
         for checkpointing in (False, True):
             model = replace(config.model, weights=weights, gradient_checkpointing=checkpointing)
             held = replace(config, model=model)
+            release_models()  # one base at a time: the question is what fits
             try:
                 learner = learner_of(held, examples)
-                yield Need(weights, checkpointing, held_bytes(learner.adapted.model), fit_memory_bytes(learner))
+                base, training = held_bytes(learner.adapted.model), fit_memory_bytes(learner)
+                del learner
+                yield Need(weights, checkpointing, base, training)
             except (ModelError, ValueError) as error:
                 yield Need(weights, checkpointing, refused=(str(error).splitlines() or [""])[0])
 

@@ -10,7 +10,20 @@ from fedpeft.config.fields import require, require_range
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLora(InLayers):
+class Scaled(InLayers):
+    """Settings of a product that is multiplied by alpha over rank."""
+
+    rank: int = 8
+    alpha: float = 8.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range(self, "rank", 1)
+        require(self.alpha > 0, "alpha", expected="a number above 0", found=self.alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLora(Scaled):
     """AdaLoRA's form: singular triplets, kept near orthogonal by a penalty of `orthogonality`.
 
     Every node holds all `rank` triplets: the budget is not reallocated, since masks that differ from node to node
@@ -19,15 +32,12 @@ class AdaLora(InLayers):
     Source: Zhang et al. 2023, "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", eq. 3 and 4.
     """
 
-    rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     orthogonality: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_range(self, "rank", 1)
-        require(self.alpha > 0, "alpha", expected="a number above 0", found=self.alpha)
         require_range(self, "dropout", 0.0, 0.99)
         require_range(self, "orthogonality", 0.0)
 
@@ -47,19 +57,11 @@ class AdaLora(InLayers):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoHa(InLayers):
+class LoHa(Scaled):
     """LoHa: two low-rank products multiplied number by number.
 
     Source: Hyeon-Woo et al. 2022, "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning".
     """
-
-    rank: int = 8
-    alpha: float = 8.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_range(self, "rank", 1)
-        require(self.alpha > 0, "alpha", expected="a number above 0", found=self.alpha)
 
     def build(self) -> Family:
         """The family that these settings describe."""
@@ -69,19 +71,11 @@ class LoHa(InLayers):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoKr(InLayers):
+class LoKr(Scaled):
     """LoKr: a Kronecker product, of which the larger factor may be low-rank.
 
     Source: Yeh et al. 2024, "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation".
     """
-
-    rank: int = 8
-    alpha: float = 8.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_range(self, "rank", 1)
-        require(self.alpha > 0, "alpha", expected="a number above 0", found=self.alpha)
 
     def build(self) -> Family:
         """The family that these settings describe."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fedpeft.adapters import Family, peft_family
 from fedpeft.config.adapters.common import InLayers
@@ -10,11 +11,8 @@ from fedpeft.config.fields import require, require_range
 
 
 @dataclass(frozen=True, kw_only=True)
-class FourierFt(InLayers):
-    """FourierFT: the change of the weight is the inverse Fourier transform of a spectrum with few entries.
-
-    Source: Gao et al. 2024, "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", eq. 2 to 4.
-    """
+class FewPlaces(InLayers):
+    """Settings of a matrix with `frequencies` entries, at places drawn from `places_seed`, times `scaling`."""
 
     frequencies: int = 1000
     scaling: float = 150.0
@@ -25,15 +23,28 @@ class FourierFt(InLayers):
         require_range(self, "frequencies", 1)
         require(self.scaling > 0, "scaling", expected="a number above 0", found=self.scaling)
 
-    def build(self) -> Family:
-        """The family that these settings describe."""
-        arguments = {"n_frequency": self.frequencies, "scaling": self.scaling, "random_loc_seed": self.places_seed}
-        names = {"fourierft_spectrum": "spectrum"}
-        return peft_family("fourierft", "FOURIERFT", names, **{**arguments, "init_weights": True, **self.common})
+    @property
+    def common(self) -> dict[str, Any]:
+        """What peft's configuration is told of these settings."""
+        places = {"n_frequency": self.frequencies, "scaling": self.scaling, "random_loc_seed": self.places_seed}
+        return {**places, **super().common}
 
 
 @dataclass(frozen=True, kw_only=True)
-class WaveFt(InLayers):
+class FourierFt(FewPlaces):
+    """FourierFT: the change of the weight is the inverse Fourier transform of a spectrum with few entries.
+
+    Source: Gao et al. 2024, "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", eq. 2 to 4.
+    """
+
+    def build(self) -> Family:
+        """The family that these settings describe."""
+        names = {"fourierft_spectrum": "spectrum"}
+        return peft_family("fourierft", "FOURIERFT", names, **{"init_weights": True, **self.common})
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaveFt(FewPlaces):
     """WaveFT: the change of the weight is the inverse wavelet transform of a matrix with few entries.
 
     Source: Bilican et al. 2025, "Exploring Sparsity for Parameter Efficient Fine Tuning Using Wavelets", section 3.
@@ -41,17 +52,10 @@ class WaveFt(InLayers):
 
     frequencies: int = 2592
     scaling: float = 25.0
-    places_seed: int = 777
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_range(self, "frequencies", 1)
-        require(self.scaling > 0, "scaling", expected="a number above 0", found=self.scaling)
 
     def build(self) -> Family:
         """The family that these settings describe."""
-        arguments = {"n_frequency": self.frequencies, "scaling": self.scaling, "random_loc_seed": self.places_seed}
-        return peft_family("waveft", "WAVEFT", {"waveft_spectrum": "spectrum"}, **{**arguments, **self.common})
+        return peft_family("waveft", "WAVEFT", {"waveft_spectrum": "spectrum"}, **self.common)
 
 
 @dataclass(frozen=True, kw_only=True)
