@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -219,9 +220,20 @@ def options(
 
 def main() -> None:
     """Runs the command line; a user's mistake ends in one sentence, never a traceback."""
+    _run(app)
+
+
+def script(command: Callable[..., None]) -> None:
+    """Runs `command` as a command line of its own, whose mistakes are told as those of `fedpeft` are."""
+    program = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+    program.command()(command)
+    _run(program)
+
+
+def _run(program: typer.Typer) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        program()
     except FedPeftError as error:
         typer.echo(f"fedpeft: {error}", err=True)
         sys.exit(error.exit_code)

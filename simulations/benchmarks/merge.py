@@ -34,6 +34,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from fedpeft.adapters import AdapterSpec, AdapterState, ModuleSpec, factors
+from fedpeft.cli import script
 from fedpeft.merges import Contribution, Project, as_is, exactness, products, rule, truncated
 from fedpeft.merges.projections import Gathered
 from fedpeft.randomness import rng
@@ -361,4 +362,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

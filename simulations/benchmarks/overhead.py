@@ -24,6 +24,7 @@ import torch
 import typer
 
 from fedpeft import checkpoint, journal, rounds
+from fedpeft.cli import script
 from fedpeft.config import RunConfig, load
 from fedpeft.engines.local import LocalTransport
 from fedpeft.experiment import adapted_model, plan_of, resolve, site_examples, site_of, strategy_of
@@ -121,4 +122,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -20,6 +20,7 @@ import typer
 
 from fedpeft import checkpoint, journal
 from fedpeft.adapters import AdapterState, at_rank, resized
+from fedpeft.cli import script
 from fedpeft.experiment import evaluator_of, strategy_of
 from fedpeft.memory import FolderMemory
 from fedpeft.runs import reopen
@@ -176,4 +177,4 @@ def draw(rows: Sequence[Row], bounds: Sequence[Row]) -> matplotlib.figure.Figure
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -17,8 +17,10 @@ import typer
 
 from fedpeft import journal
 from fedpeft.adapters import KINDS
+from fedpeft.cli import script
 from fedpeft.config import from_flat
 from fedpeft.config.adapters.methods import TIERS
+from fedpeft.errors import ConfigError, sentence
 from fedpeft.experiment import adapted_model, evaluator_of
 from fedpeft.report.units import human_bytes, human_count
 from fedpeft.runs import reopen
@@ -96,9 +98,10 @@ def main(
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
 ) -> None:
     """Run what is not there yet, then print the table and write it beside the runs."""
-    wanted = methods.split(";") if methods else None
-    chosen = [(suite, SUITES[suite]) for suite in suites.split(",")]
-    jobs = [(suite, method) for suite, known in chosen for method in (wanted or known) if method in known]
+    chosen = _known("--suites", suites.split(","), SUITES)
+    every = {method: None for suite in chosen for method in SUITES[suite]}
+    wanted = _known("--methods", methods.split(";"), every) if methods else every
+    jobs = [(suite, method) for suite in chosen for method in SUITES[suite] if method in wanted]
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(lambda job: run(out, *job, set_ or []), jobs))
     rows = [row_of(suite, method, folder_of(out, suite, method)) for suite, method in jobs]
@@ -107,6 +110,19 @@ def main(
     text = table(rows)
     (out / "table.md").write_text(text, encoding="utf-8")
     typer.echo(text)
+
+
+def _known(option: str, names: Sequence[str], known: Mapping[str, object]) -> Sequence[str]:
+    """`names`, of which each is in `known`.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name in names:
+        if name not in known:
+            expected = f"some of {', '.join(known)}"
+            raise ConfigError(sentence(option, expected=expected, found=repr(name), remedy="name those"))
+    return names
 
 
 def run(out: Path, suite: str, method: str, overrides: Sequence[str]) -> None:
@@ -168,4 +184,4 @@ def table(rows: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from fedpeft import assets
+from fedpeft.cli import script
 from fedpeft.data.rows import normalise
 from fedpeft.randomness import rng
 
@@ -67,4 +68,4 @@ def _first(questions: Iterable[Question]) -> Iterator[Question]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)
