@@ -20,6 +20,7 @@ from fedpeft.experiment import (
     learner_of,
     metric_of,
     site_examples,
+    start_of,
     strategy_of,
     test_examples,
 )
@@ -96,7 +97,7 @@ def _train_alone(config: RunConfig, examples: tuple[Encoded, ...], steps: int, p
     adapted = adapted_model(config)
     alone = replace(config, rounds=1, training=replace(config.training, steps=steps))
     job = FitJob(round=1, partition=partition, frozen=_frozen(config, adapted.spec), position=0)
-    fitted = learner_of(alone, examples).fit(adapted.initial, job)
+    fitted = learner_of(alone, examples).fit(start_of(config), job)
     return dict(evaluator_of(config)(AdapterState(adapted.spec, fitted.after)))
 
 

@@ -20,6 +20,7 @@ from fedpeft.data.partitions import deal, histogram
 from fedpeft.data.rows import DataReport, Row, Split, prepare
 from fedpeft.errors import DataError, PlanError, sentence
 from fedpeft.evaluation import evaluate, sampled
+from fedpeft.fisher import with_places
 from fedpeft.laws import check
 from fedpeft.models import AdaptedModel, install, load, most_tokens
 from fedpeft.ranks import RankRule
@@ -36,6 +37,10 @@ class FamilySettings(Protocol):
         """The family that they describe."""
         ...
 
+    def __hash__(self) -> int:
+        """Equal settings are kept once."""
+        ...
+
 
 SiteRows = Callable[[RunConfig], Sequence[Row]]
 """How a real site gets at its own rows."""
@@ -46,12 +51,13 @@ SiteTask = Callable[[RunConfig], Task]
 
 @dataclass(frozen=True)
 class Dealt:
-    """All rows of a simulation: the held-out ones, and the training rows of each site."""
+    """All rows of a simulation: the held-out ones, the training rows of each site, and the server's own."""
 
     sites: tuple[tuple[Row, ...], ...]
     test: tuple[Row, ...]
     report: DataReport
     histograms: tuple[dict[str, Any], ...]
+    server: tuple[Row, ...] = ()
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -163,6 +169,29 @@ def adapted_model(config: RunConfig) -> AdaptedModel:
     return _adapted(config.model, config.adapter.chosen, config.task.chosen.head, config.seed)
 
 
+def start_of(config: RunConfig) -> AdapterState:
+    """The adapter that the first round starts from.
+
+    Raises:
+        PlanError: what is trained has to be chosen by rows of the server's own, and there are none.
+    """
+    adapted = adapted_model(config)
+    if not adapted.family.chosen:
+        return adapted.initial
+    return _chosen(config.model, config.adapter.chosen, config.task.chosen, config.data, config.seed)
+
+
+@functools.lru_cache(maxsize=2)
+def _chosen(
+    model: ModelConfig, family: FamilySettings, task: TaskSettings, data: DataConfig, seed: int
+) -> AdapterState:
+    chosen = build_task(task)
+    rows = _split(data, task.roles, seed).server
+    return with_places(
+        _adapted(model, family, task.head, seed), chosen, chosen.encode(rows, _tokenizer(model), "rows of the server")
+    )
+
+
 def release_models() -> None:
     """The models that this process keeps are let go, as far as nobody else holds them."""
     _adapted.cache_clear()
@@ -268,6 +297,7 @@ def _dealt(data: DataConfig, roles: tuple[str, ...], clients: int, seed: int) ->
         test=split.test,
         report=split.report,
         histograms=tuple({"partition": p, **histogram(split.train, rows)} for p, rows in enumerate(indices)),
+        server=split.server,
     )
 
 

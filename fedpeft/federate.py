@@ -22,6 +22,7 @@ from fedpeft.experiment import (
     evaluator_of,
     plan_of,
     samples_of,
+    start_of,
     strategy_of,
     task_of,
 )
@@ -74,7 +75,7 @@ def federate(
     if resume and _has_begun(folder):
         state = _resumed(folder, adapted)
     else:
-        state = strategy.init(secrets.token_hex(8), config.seed, adapted.initial)
+        state = strategy.init(secrets.token_hex(8), config.seed, start_of(config))
         _begin(folder, config, _start_record(config, adapted, engine))
         checkpoint.save(folder.checkpoint, state)
     told.start(journal.read(folder.journal)[0], state.round)

@@ -22,7 +22,7 @@ CONFIG = UPDATES | MECHANISMS | {"config"}
 STRATEGY = CONFIG | {"strategy"}
 WIRE = STRATEGY | {"wire"}
 RECORDS = {"memory", "checkpoint", "journal"}
-TORCH = {"adaptation", "base_weights", "bases", "evaluation", "models", "tasks", "training"}
+TORCH = {"adaptation", "base_weights", "bases", "evaluation", "fisher", "models", "tasks", "training"}
 FEDERATION = WIRE | RECORDS | {"laws", "ranks", "requests", "client", "rounds"}
 EDGES = FEDERATION | TORCH | {"assets", "data"}
 COMPOSED = EDGES | {"experiment", "bounds", "runs", "report"}
@@ -35,6 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "version": set(),
     "randomness": set(),
     "files": {"errors"},
+    "supervision": {"errors"},
     "adapters": GROUND,
     "updates": ADAPTERS,
     **dict.fromkeys(sorted(MECHANISMS), UPDATES),
@@ -65,17 +66,19 @@ ROOMS: dict[str, set[str]] = {
     "models": ADAPTERS | {"config", "base_weights", "bases", "adaptation", *LAYERS},
     "tasks": ADAPTERS | {"config", "data", "own_layers"},
     "evaluation": ADAPTERS | {"models", "own_layers", "tasks"},
+    "fisher": ADAPTERS | {"evaluation", "models", "own_layers", "tasks"},
     "training": WIRE | {"client", "data", "evaluation", "models", "pruning", "tasks"},
     "experiment": EDGES,
     "bounds": EDGES | {"experiment"},
+    "nodes": EDGES | {"experiment"},
     "runs": GROUND | {"config"},
     "adapter_folders": ADAPTERS | {"runs"},
     "merging": CONFIG | {"adapter_folders"},
     "report": GROUND | {"config", "journal"},
     "federate": COMPOSED,
-    "engines": COMPOSED | {"federate"},
+    "engines": COMPOSED | {"federate", "nodes"},
     "progress": GROUND | {"federate", "report"},
-    "commands": COMPOSED | {"federate", "engines", "merging", "progress"},
+    "commands": COMPOSED | {"federate", "engines", "merging", "nodes", "progress"},
     "cli": GROUND | {"assets", "commands"},
     "__main__": {"cli"},
 }
@@ -84,7 +87,17 @@ ROOMS: dict[str, set[str]] = {
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "numpy": ("*",),
     "scipy": ("adapters", "merges"),
-    "torch": ("adaptation", "base_weights", "bases", "models", *sorted(LAYERS), "evaluation", "tasks", "training"),
+    "torch": (
+        "adaptation",
+        "base_weights",
+        "bases",
+        "models",
+        *sorted(LAYERS),
+        "evaluation",
+        "fisher",
+        "tasks",
+        "training",
+    ),
     "transformers": ("base_weights", "bases", "models", "tasks"),
     "peft": ("adaptation", "models", *sorted(LAYERS - {"own_layers"}), "own_layers/switch"),
     "yaml": ("assets",),
@@ -94,6 +107,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "pyarrow": ("data",),
     "PIL": ("data",),
     "flwr": ("engines/flower*", "engines/ray*"),
+    "starlette": ("engines/flower*",),
     "ray": ("engines/ray*",),
     "matplotlib": ("report",),
     "typer": ("cli", "commands"),
@@ -101,10 +115,11 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "tomli_w": ("config",),
 }
 
+COMMANDS = {"fedpeft.engines", "fedpeft.cli", "fedpeft.errors", "fedpeft.supervision", "typer"}
 # What the folders beside fedpeft may import of this project; `simulations` may also import any library.
 APPS: dict[str, set[str]] = {
-    "clients": {"clients", "fedpeft.engines"},
-    "server": {"server", "fedpeft.engines", "cryptography"},
+    "clients": {"clients", *COMMANDS, "fedpeft.assets", "fedpeft.config"},
+    "server": {"server", *COMMANDS, "fedpeft.files", "cryptography", "tomli_w"},
     "simulations": {"simulations", "clients", "server", "fedpeft"},
 }
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
@@ -267,7 +282,7 @@ PLANTED = [
     ("simulations/compare.py", "from dill import loads", "never unpickled"),
     ("clients/app.py", "from server.app import app", "imports server.app"),
     ("server/app.py", "import clients", "imports clients"),
-    ("clients/app.py", "from fedpeft.training import fit", "clients/ may import clients, fedpeft.engines"),
+    ("clients/app.py", "from fedpeft.training import fit", "clients/ may import clients, fedpeft.assets"),
     ("server/app.py", "import torch", "imports torch"),
     ("fedpeft/rounds.py", "assert True", "has an assert"),
     ("simulations/compare.py", "assert True", "has an assert"),

@@ -18,6 +18,8 @@ OWN_KINDS: Mapping[str, str] = {
     "pfeiffer": "bottleneck",
     "parallel": "bottleneck",
     "ssf": "ssf",
+    "fish_mask": "mask",
+    "child_tuning": "mask",
     "visual_prompt": "prompt",
 }
 """The kind of module that each method makes which peft does not have."""
@@ -30,6 +32,9 @@ _CLASHES: Mapping[frozenset[str], str] = {
 }
 """The families that cannot stand on one base together, and why."""
 
+_ADD_TO_WEIGHTS = ("mask", "lora", "lora_fa", "lora_sb", "prompt", "encoded", "llama_adapter", "bottleneck")
+"""The kinds that leave weights as they are, or add to them, so that what a mask adds keeps its meaning."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -40,7 +45,8 @@ class Family:
     an `AdapterState`. `folded` names the tensor that carries the module's scale, if any; `ranked` the one whose first
     axis is the rank. `prefix` is what peft puts before the base's own parameter names. `own` are layers that peft
     does not have, by method, with their settings; they stand under the peft adapter, if there is one. `rates` multiply
-    the learning rate of tensors, by name.
+    the learning rate of tensors, by name. `chosen` says that a server has to choose which numbers are trained, by
+    rows that it has, before anything begins.
     """
 
     name: str
@@ -52,6 +58,7 @@ class Family:
     ranked: str = ""
     own: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     rates: Mapping[str, float] = field(default_factory=dict)
+    chosen: bool = False
 
     def locate(self, parameter: str, adapter: str = "default") -> tuple[str, str, str]:
         """(module path, kind, tensor) of one of peft's trainable parameter names, or of an own layer's.
@@ -65,7 +72,7 @@ class Family:
         for at, part in enumerate(parts):
             if part.startswith(OWN_PREFIX):
                 kind = OWN_KINDS[part.removeprefix(OWN_PREFIX)]
-                return ".".join(parts[:at]), kind, ".".join(parts[at + 1 :])
+                return ".".join(parts[:at]) or part.removeprefix(OWN_PREFIX), kind, ".".join(parts[at + 1 :])
             tensor = self.tensors.get(part) or self.tensors.get(f"{part}.{parts[-1]}")
             if tensor:
                 return ".".join(parts[:at]) or self.name, self.kind, tensor
@@ -101,9 +108,26 @@ def together(families: Sequence[Family]) -> Family:
                     remedy="keep one of them",
                 )
             )
+    _require_additions(families)
     first = by_peft[0] if by_peft else families[0]
     own = tuple(layers for family in families for layers in family.own)
-    return replace(first, name="+".join(family.name for family in families), own=own)
+    chosen = any(family.chosen for family in families)
+    return replace(first, name="+".join(family.name for family in families), own=own, chosen=chosen)
+
+
+def _require_additions(families: Sequence[Family]) -> None:
+    """Raises PlanError if one of `families` masks weights that another does more to than add."""
+    masking = [family.name for family in families if family.kind == "mask"]
+    other = [family.name for family in families if family.kind not in _ADD_TO_WEIGHTS]
+    if masking and (other or len(masking) > 1):
+        raise PlanError(
+            sentence(
+                "adapter.family",
+                expected=f"{masking[0]} beside families that add to what weights give",
+                found=(other or masking[1:])[0],
+                remedy="keep one of them",
+            )
+        )
 
 
 def peft_family(name: str, peft_type: str, tensors: Mapping[str, str], kind: str = "", **arguments: Any) -> Family:
@@ -113,4 +137,5 @@ def peft_family(name: str, peft_type: str, tensors: Mapping[str, str], kind: str
 
 def own_family(method: str, **settings: Any) -> Family:
     """A family of layers that peft does not have."""
-    return Family(method, OWN_KINDS[method], {}, {}, prefix="", own=((method, settings),))
+    kind = OWN_KINDS[method]
+    return Family(method, kind, {}, {}, prefix="", own=((method, settings),), chosen=kind == "mask")

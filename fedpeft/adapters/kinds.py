@@ -122,7 +122,9 @@ KINDS: Mapping[str, Kind] = {
     "vera_b": Kind(EXACT, "d is fixed, so the change of the weight is linear in b", {"b": (), "d": ()}, fixed=("d",)),
     "full": Kind(EXACT, "the numbers are weights of the model"),
     "selective": Kind(EXACT, "the numbers are weights of the model"),
-    "mask": Kind(EXACT, "the numbers are weights of the model, at places that all nodes share"),
+    "mask": Kind(
+        EXACT, "the numbers are weights of the model, at places that the server chose for all nodes", fixed=("places",)
+    ),
     "ia3": Kind(EXACT, "activations are multiplied by the numbers"),
     "layer_norm": Kind(EXACT, "the numbers are weights of the model"),
     "ssf": Kind(EXACT, "features are scaled and shifted by the numbers"),

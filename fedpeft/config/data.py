@@ -152,14 +152,17 @@ class PartitionConfig:
 class DataConfig:
     """One source of rows, split once into training and held-out rows.
 
-    `test_fraction` of each group is held out, at most `most_test_rows` of a group (0: no bound).
+    `test_fraction` of each group is held out, at most `most_test_rows` of a group (0: no bound). `server_rows` of the
+    others stay with the server, which chooses by them what some adapter families train; no site has them.
     """
 
     origin: Choice = choice(SOURCES, "bundled")
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     test_fraction: float = 0.1
     most_test_rows: int = 0
+    server_rows: int = 0
 
     def __post_init__(self) -> None:
+        require_range(self, "server_rows", 0)
         require(0 < self.test_fraction < 1, "test_fraction", expected="between 0 and 1", found=self.test_fraction)
         require_range(self, "most_test_rows", 0)

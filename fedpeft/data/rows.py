@@ -17,7 +17,7 @@ __all__ = ["DataReport", "Row", "Split", "normalise", "overlap", "prepare", "spl
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of a source's rows: rows = repeats_removed + train_rows + test_rows.
+    """What became of a source's rows: rows = repeats_removed + train_rows + test_rows + server_rows.
 
     `test_overlap` is the share of test rows whose normalised text also stands in training.
     """
@@ -27,15 +27,17 @@ class DataReport:
     train_rows: int
     test_rows: int
     test_overlap: float
+    server_rows: int = 0
 
 
 @dataclass(frozen=True)
 class Split:
-    """Training rows and held-out rows, both in the order of their source."""
+    """Training rows, held-out rows and rows of the server's own, each in the order of their source."""
 
     train: tuple[Row, ...]
     test: tuple[Row, ...]
     report: DataReport
+    server: tuple[Row, ...] = ()
 
 
 def prepare(config: DataConfig, seed: int, roles: Sequence[str] = TEXT_AND_LABEL) -> Split:
@@ -59,8 +61,10 @@ def prepare(config: DataConfig, seed: int, roles: Sequence[str] = TEXT_AND_LABEL
                 remedy="give more rows or a larger fraction",
             )
         )
-    report = DataReport(len(rows), len(rows) - len(distinct), len(train), len(test), overlap(train, test))
-    return Split(train, test, report)
+    train, server = set_aside(train, config.server_rows, seed)
+    repeats = len(rows) - len(distinct)
+    report = DataReport(len(rows), repeats, len(train), len(test), overlap(train, test), len(server))
+    return Split(train, test, report, server)
 
 
 def normalise(text: str) -> str:
@@ -104,6 +108,26 @@ def split(
             held.update(members[index] for index in drawn)
     train = tuple(row for index, row in enumerate(rows) if index not in held)
     return train, tuple(row for index, row in enumerate(rows) if index in held)
+
+
+def set_aside(rows: Sequence[Row], count: int, seed: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """`rows` without `count` of them, and those.
+
+    Raises:
+        DataError: that is more than half of them.
+    """
+    if 2 * count > len(rows):
+        raise DataError(
+            sentence(
+                "data.server_rows",
+                expected=f"at most half of {len(rows)} training rows",
+                found=count,
+                remedy="lower it, or give more rows",
+            )
+        )
+    taken = set(rng(seed, "server").permutation(len(rows))[:count].tolist())
+    kept = tuple(row for index, row in enumerate(rows) if index not in taken)
+    return kept, tuple(row for index, row in enumerate(rows) if index in taken)
 
 
 def _quotas(counts: Mapping[str, int], total: int) -> dict[str, int]:

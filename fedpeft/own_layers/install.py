@@ -27,6 +27,7 @@ from fedpeft.own_layers.layers import (
     width_into,
     width_out_of,
 )
+from fedpeft.own_layers.masks import put_mask, take_masks
 from fedpeft.own_layers.methods import Method
 from fedpeft.own_layers.places import body, in_layers, named, norms, playing, roles_of, scalable
 from fedpeft.own_layers.settings import Settings, method_of, settings_of
@@ -43,7 +44,9 @@ def install(base: nn.Module, method: str, settings: Mapping[str, Any]) -> None:
     """
     row = method_of(method)
     wanted = settings_of(row, settings)
-    if row.adds_layers:
+    if row.masks:
+        put_mask(base, row.name, wanted)
+    elif row.adds_layers:
         for path, layer in _fresh(base, row, wanted).items():
             put(base, path, layer)
     else:
@@ -61,6 +64,7 @@ def retrain(model: nn.Module) -> None:
 
 def remove(model: nn.Module) -> None:
     """`model` is as it was before any method was installed; what was trained is lost."""
+    take_masks(model, keep=False)
     for path, layer in reversed(own_layers(model).items()):
         put(model, path, layer.base_layer)
     for module, name in claims(model):

@@ -138,6 +138,10 @@ class OwnLayer(nn.Module):
             return getattr(self.base_layer, name)
 
 
+class Rooted(nn.Module):
+    """A module of a method that stands at the root of the base, and reaches into others from there."""
+
+
 class Serial(OwnLayer):
     """An adapter that reads and changes what a module makes."""
 
@@ -237,6 +241,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The methods' own parameters, by full name in `model`, in its order."""
     own = {id(parameter) for layer in own_layers(model).values() for parameter in layer.own.parameters()}
     own |= {id(module.get_parameter(name)) for module, name in claims(model)}
+    rooted = (module for module in model.modules() if isinstance(module, Rooted))
+    own |= {id(parameter) for module in rooted for parameter in module.parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in own}
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from fedpeft.errors import ModelError, sentence
 from fedpeft.own_layers.install import release
 from fedpeft.own_layers.layers import OwnLayer, base_of, canonical, claims, own_layers, put
+from fedpeft.own_layers.masks import take_masks
 from fedpeft.own_layers.methods import OWN
 
 _BIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -38,6 +39,7 @@ def merge(model: nn.Module) -> None:
         _require_mergeable(model, path, layer)
     for setting in {_setting(model, path) for path, layer in layers.items() if _lacks_bias(layer)}:
         _add_biases(model, setting)
+    take_masks(model, keep=True)
     for path, layer in reversed(layers.items()):
         with torch.no_grad():
             _fold(layer.base_layer, layer.own)

@@ -38,7 +38,8 @@ class Method:
     `settings` are the settings that it takes, at their defaults. `tensors` are the names of the tensors that each
     `fedpeft_<name>` holds; a method with none trains parameters of the base instead. `placements` are alternatives:
     the first is used whose parts the architecture has. `unnamed` is the layer for a module that only
-    `target_modules` names, or that `find` finds in the base. `merges` says whether the base's weights can take it up.
+    `target_modules` names, or that `find` finds in the base. A method that `masks` trains some numbers of the base,
+    which are chosen when it is there. `merges` says whether the base's weights can take it up.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Method:
     unnamed: type[OwnLayer] = Serial
     find: Callable[[Mapping[str, nn.Module]], list[str]] | None = None
     merges: bool = False
+    masks: bool = False
 
     @property
     def adds_layers(self) -> bool:
@@ -76,6 +78,8 @@ OWN: Mapping[str, Method] = {
         Parallel,
     ),
     "ssf": Method("ssf", _WHERE, ("scale", "shift"), merges=True),
+    "fish_mask": Method("fish_mask", {"share": 0.005, "balanced": False, **_WHERE}, merges=True, masks=True),
+    "child_tuning": Method("child_tuning", {"share": 0.1, "balanced": False, **_WHERE}, merges=True, masks=True),
     "visual_prompt": Method("visual_prompt", {"tokens": 10}, ("vectors",), unnamed=Prompted, find=patch_embeddings),
 }
 """Every method, by name."""

@@ -22,7 +22,8 @@ class Settings:
     A bottleneck has `bottleneck` hidden units, or where that is 0 the width divided by `reduction`. `layers` are
     indices and `target_modules` the last components of paths; empty means all, and the method's own choice. `biases`
     are patterns, as in `fnmatch`, of the full names of the biases to train; empty means all. A prompt has `tokens`
-    vectors.
+    vectors. A mask trains a `share` of the base's numbers, of each parameter
+    alike where it is `balanced`.
     """
 
     bottleneck: int = 0
@@ -33,6 +34,8 @@ class Settings:
     target_modules: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
     tokens: int = 10
+    share: float = 1.0
+    balanced: bool = False
 
     def size(self, width: int) -> int:
         """How many hidden units a bottleneck has beside a module of `width`."""
@@ -105,6 +108,8 @@ def _text(value: Any) -> bool:
 _RULES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "bottleneck": (f"a whole number, 0 to {_MOST}", _whole(0)),
     "reduction": (f"a whole number, 1 to {_MOST}", _whole(1)),
+    "balanced": ("true or false", lambda value: isinstance(value, bool)),
+    "share": ("a number above 0, at most 1", lambda value: _positive(value) and value <= 1),
     "tokens": ("a whole number, 1 or more", _whole(1)),
     "scale": ("a number above 0", _positive),
     "activation": (f"one of {', '.join(ACTIVATIONS)}", lambda value: isinstance(value, str) and value in ACTIVATIONS),

@@ -9,7 +9,8 @@ from typing import Any
 import peft
 from torch import nn
 
-from fedpeft.own_layers.layers import FIRST, claims, own_layers
+from fedpeft.own_layers.layers import FIRST, OwnLayer, claims, own_layers
+from fedpeft.own_layers.masks import Mask, masks
 
 _OFF = "fedpeft_off"
 """The mark on a module of the base whose parameters have the base's first values for now."""
@@ -21,7 +22,8 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
     Blocks may be nested. A backward pass belongs in the block that its forward pass was in.
     """
-    layers = [layer for layer in own_layers(model).values() if not layer.off]
+    every: list[OwnLayer | Mask] = [*own_layers(model).values(), *masks(model)]
+    layers = [layer for layer in every if not layer.off]
     claimed = [(module, name) for module, name in claims(model) if _OFF not in module.__dict__]
     for layer in layers:
         layer.off = True

@@ -48,6 +48,12 @@ TEXT: Methods = {
     "ia3": ("training.learning_rate=1e-2",),
     "ln_tuning": ("training.learning_rate=1e-2",),
     "bitfit": ("training.learning_rate=1e-2",),
+    "fish_mask": ("training.learning_rate=1e-3", "data.server_rows=128"),
+    "fish_mask, balanced": (
+        "training.learning_rate=1e-3",
+        "data.server_rows=128",
+        "adapter.fish_mask.balanced=true",
+    ),
     "ssf": ("training.learning_rate=1e-2",),
     "houlsby": (),
     "parallel": (),

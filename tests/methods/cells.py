@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from fedpeft.adaptation import adapt, describe
 from fedpeft.adapters import OWN_KINDS, AdapterState, Family, fixed, together
 from fedpeft.config.adapters import ADAPTERS
 from fedpeft.config.tasks import Head
+from fedpeft.fisher import with_places
 from fedpeft.models import AdaptedModel
 from fedpeft.penalties import of
 from tests import tiny_models
@@ -86,6 +88,8 @@ _SMALL: Mapping[str, Mapping[str, Any]] = {
     "p_tuning": {"virtual_tokens": 3, "hidden": 8},
     "llama_adapter": {"virtual_tokens": 3, "layers": 1},
     "visual_prompt": {"virtual_tokens": 3},
+    "fish_mask": {"share": 0.05},
+    "child_tuning": {"share": 0.2, "balanced": True},
     "houlsby": {"size": 4},
     "pfeiffer": {"size": 4},
     "parallel": {"size": 4},
@@ -260,7 +264,16 @@ def of_family(chosen: Family, kind: str, seed: int) -> AdaptedModel:
         coordinates,
         of(model, chosen),
     )
-    return replace(empty, initial=models.extract(empty))
+    drawn = replace(empty, initial=models.extract(empty))
+    return replace(drawn, initial=with_places(drawn, _toy_task(kind), range(3))) if chosen.chosen else drawn
+
+
+def _toy_task(kind: str) -> Any:
+    """What `fisher` asks of a task: examples are seeds of random batches."""
+    return SimpleNamespace(
+        collate=lambda examples, pad, device: examples[0],
+        loss=lambda model, seed: tiny_models.loss(model, kind, 100 + seed),
+    )
 
 
 def fitted(

@@ -10,6 +10,7 @@ from fedpeft.adapters import EXACT, INEXACT, KINDS, PRODUCT, Family, together
 from fedpeft.config.adapters.bottlenecks import Houlsby, ParallelAdapter, Pfeiffer, Ssf
 from fedpeft.config.adapters.common import HYBRID, REPARAMETERISED
 from fedpeft.config.adapters.low_rank import Lora, LoraSb
+from fedpeft.config.adapters.masks import ChildTuning, FishMask
 from fedpeft.config.adapters.products import AdaLora, HiRa, LoHa, LoKr
 from fedpeft.config.adapters.prompts import LlamaAdapter, PrefixTuning, PromptTuning, PTuning, VisualPrompt
 from fedpeft.config.adapters.rotations import Boft, Hra, Oft, Road
@@ -71,6 +72,8 @@ ADAPTERS = Table(
         "ln_tuning": LnTuning,
         "trainable_tokens": TrainableTokens,
         "bitfit": BitFit,
+        "fish_mask": FishMask,
+        "child_tuning": ChildTuning,
         "prompt_tuning": PromptTuning,
         "prefix_tuning": PrefixTuning,
         "p_tuning": PTuning,
