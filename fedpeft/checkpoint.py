@@ -37,6 +37,7 @@ def save(folder: Path, state: ServerState) -> None:
         "progress": dict(state.progress),
         "spec": spec_to_fields(state.adapter.spec),
         "drift": {"epoch": state.drift.epoch, "ranks": [[r, list(ranks)] for r, ranks in state.drift.ranks.items()]},
+        "awaited": [list(item) for item in state.awaited.items()],
         "holdings": [[partition, have.round, have.rank] for partition, have in state.holdings.items()],
     }
     data = encode_tensors(tensors, fields)
@@ -108,6 +109,7 @@ def _decoded(path: Path) -> ServerState:
         drift=Drift(fields["drift"]["epoch"], {r: tuple(ranks) for r, ranks in fields["drift"]["ranks"]}),
         holdings={partition: Holding(round_, rank) for partition, round_, rank in fields["holdings"]},
         control=_below(tensors, "control/"),
+        awaited=dict(fields.get("awaited", [])),
     )
 
 

@@ -144,7 +144,8 @@ def check_plan(config: RunConfig, adapted: AdaptedModel) -> None:
     if admit := task_of(config).admit:
         admit(adapted.model)
     least = config.federation.quorum or config.federation.cohort
-    check(parts_of(config), adapted.spec, ranks_of(config).possible, least)
+    carries = config.federation.late == "carry"
+    check(parts_of(config), adapted.spec, ranks_of(config).possible, least, carries=carries)
     for key in ("max_tokens", "max_target_tokens"):
         _require_positions(config, adapted, key)
 
@@ -280,6 +281,11 @@ def plan_of(config: RunConfig, run: str, spec: str) -> rounds.Plan:
         patience=config.evaluation.patience,
         ranks=ranks_of(config),
         most_norm=config.federation.most_update_norm,
+        clients=config.federation.clients,
+        spare=config.federation.spare,
+        retries=config.federation.retries,
+        wait_seconds=config.federation.wait_seconds,
+        carry=config.federation.late == "carry",
     )
 
 

@@ -25,6 +25,7 @@ class Plan(NamedTuple):
     ranks: frozenset[int]
     updates: int
     controls: bool
+    carries: bool = False
 
 
 class Law(NamedTuple):
@@ -34,10 +35,13 @@ class Law(NamedTuple):
     broken: Callable[[Plan], str]
 
 
-def check(parts: Parts, spec: AdapterSpec, ranks: Iterable[int] = (), updates: int = 1) -> None:
+def check(
+    parts: Parts, spec: AdapterSpec, ranks: Iterable[int] = (), updates: int = 1, *, carries: bool = False
+) -> None:
     """Raises PlanError, naming the two choices that clash, if the plan breaks one of `LAWS`.
 
-    `ranks` are those that nodes may have (0: the server's), `updates` how many a round may come with at least.
+    `ranks` are those that nodes may have (0: the server's), `updates` how many a round may come with at least, and
+    `carries` says that a late update counts in the round after.
     """
     plan = Plan(
         chain(stage_of(parts.method), parts.stage) if _fits(parts.method, spec) else parts.stage,
@@ -48,6 +52,7 @@ def check(parts: Parts, spec: AdapterSpec, ranks: Iterable[int] = (), updates: i
         frozenset(ranks) - {0},
         updates,
         parts.controls > 0,
+        carries,
     )
     for law in LAWS:
         reason = law.broken(plan)
@@ -207,6 +212,31 @@ def _enough_updates(plan: Plan) -> str:
     )
 
 
+def _carried(plan: Plan) -> str:
+    if not plan.carries:
+        return ""
+    turns = plan.stage.frozen(plan.spec, 1) != plan.stage.frozen(plan.spec, 2)
+    odd = next(
+        (
+            reason
+            for holds, reason in (
+                (not plan.method.merge.linear, "a rule that makes more of updates than their mean"),
+                (turns, "a rule by which tensors take turns"),
+                (plan.controls, "control variates, which are of one round"),
+                (bool(plan.method.pruning), "nodes that lower their rank"),
+            )
+            if holds
+        ),
+        "",
+    )
+    if not odd:
+        return ""
+    return (
+        "federation.late: expected drop, because an update of the round before can only be added to today's adapter, "
+        f'found carry with {odd}; set federation.late = "drop", or choose fedavg.'
+    )
+
+
 LAWS = (
     Law("the rule is for this kind of adapter", _of_its_kind),
     Law("a tensor is frozen or local, never both", _frozen_and_local),
@@ -219,6 +249,7 @@ LAWS = (
     Law("control variates go with a rule that keeps coordinates", _control_variates),
     Law("a rule that compares numbers goes with equal ranks", _unlike_ranks),
     Law("no node's rank is above the server's", _capped),
+    Law("late updates go with a plain mean", _carried),
     Law("a robust rule sees enough updates to fire", _enough_updates),
 )
 """Every reason why a plan is refused before its first round."""

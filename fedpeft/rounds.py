@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from fedpeft import residuals
-from fedpeft.adapters import AdapterState, at_rank, greatest_rank
-from fedpeft.errors import FedPeftError, PacketError, QuorumError, sentence
-from fedpeft.randomness import rng
-from fedpeft.ranks import RankRule, said_in
-from fedpeft.requests import describe_request, evaluate_request, fit_request
+from fedpeft.adapters import AdapterState, greatest_rank
+from fedpeft.errors import FedPeftError, QuorumError, sentence
+from fedpeft.gathering import Asking, Record, Round, Seen, cohort_of, in_order, updates_of
+from fedpeft.ranks import RankRule
+from fedpeft.requests import evaluate_request
 from fedpeft.strategy import Measures, Strategy
 from fedpeft.updates import Holding, ServerState, Update
-from fedpeft.wire import (
-    MOST_EXAMPLES,
-    Failure,
-    Packet,
-    Session,
-    Transport,
-    read_metrics,
-    read_update,
-    require_manifest,
-    require_norm,
-)
+from fedpeft.wire import MOST_EXAMPLES, Failure, Packet, Session, Transport, read_metrics, require_manifest
 
-Record = dict[str, Any]
+__all__ = ["Evaluate", "Observer", "Plan", "Record", "cohort_of", "evaluate_on_clients", "in_order", "run", "step"]
+
 Evaluate = Callable[[AdapterState], Record]
-
-_MOST_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
@@ -41,7 +29,7 @@ class Plan:
     `quorum` is the least number of usable updates. The server scores the adapter every `evaluate_every` rounds
     (0: only at the end); after `patience` scores in a row that do not better `metric` the run stops (0: never).
     `metric_sign` is 1 where more is better, -1 where less is. An update longer than `most_norm` (0: no bound) is
-    refused.
+    refused. For the others see `Asking`.
     """
 
     session: Session
@@ -56,6 +44,27 @@ class Plan:
     patience: int
     ranks: RankRule
     most_norm: float = 0.0
+    clients: int = 0
+    spare: int = 0
+    retries: int = 0
+    wait_seconds: float = 0.0
+    carry: bool = False
+
+    @property
+    def asking(self) -> Asking:
+        """Who is asked in a round, and for how long."""
+        return Asking(
+            self.cohort,
+            self.quorum,
+            self.deadline_seconds,
+            self.ranks,
+            self.clients,
+            self.spare,
+            self.retries,
+            self.wait_seconds,
+            self.carry,
+            self.most_norm,
+        )
 
 
 @dataclass(frozen=True)
@@ -64,20 +73,6 @@ class Observer:
 
     packet: Callable[[int, int, bool], None]
     round: Callable[[Record, ServerState], None]
-
-
-@dataclass
-class _Collected:
-    """What the replies of one round tell the journal, gathered as they come."""
-
-    clients: list[Record]
-    failures: list[Record]
-
-
-def cohort_of(state: ServerState, available: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """The partitions that train in the round after `state`: `size` of those available, drawn without repeats."""
-    order = rng(state.seed, state.round + 1, "cohort").permutation(len(available))
-    return tuple(sorted(available[i] for i in order[:size]))
 
 
 def step(
@@ -89,36 +84,34 @@ def step(
         QuorumError: fewer usable updates than the plan's quorum came back in time.
     """
     started = time.perf_counter()
-    cohort = cohort_of(state, transport.partitions(), plan.cohort)
-    seen = _Collected([], [])
-    ranks = _ranks(plan, state, transport, cohort, seen, observer)
-    requests = {p: fit_request(strategy, state, plan.session, p, rank) for p, rank in ranks.items()}
-    waited = [0.0]
-    replies = _timed(transport.exchange(requests, plan.deadline_seconds), waited)
-    updates = _updates(strategy, plan, state, ranks, in_order(replies, tuple(requests)), seen, observer)
-    after, measures = _aggregate(strategy, plan, state, updates, seen)
+    seen = Seen()
+    one = Round(strategy, plan.asking, plan.session, state, transport, seen, observer.packet)
+    after, measures = _aggregate(strategy, plan, state, updates_of(one), seen)
     total = time.perf_counter() - started
+    seen.clients.sort(key=lambda client: client["partition"])
     for client in seen.clients:
-        client["bytes_down"] = requests[client["partition"]].size_bytes
+        client["bytes_down"] = seen.sent.get(client["partition"], 0)
     examples = sum(client["examples"] for client in seen.clients)
     record: Record = {
         "event": "round",
         "round": after.round,
-        "cohort": list(cohort),
+        "cohort": seen.cohort,
         "clients": seen.clients,
         "failures": seen.failures,
         "loss": sum(client["loss"] * client["examples"] for client in seen.clients) / examples,
         "learning_rate": seen.clients[0].get("learning_rate"),
         "bytes_up": sum(client["bytes_up"] for client in seen.clients),
-        "bytes_down": sum(request.size_bytes for request in requests.values()),
-        "seconds": {"total": total, "exchange": waited[0], "merge": total - waited[0], "evaluate": 0.0},
+        "bytes_down": sum(seen.sent.values()),
+        "seconds": {"total": total, "exchange": seen.waited, "merge": total - seen.waited, "evaluate": 0.0},
         "evaluation": None,
         "client_evaluation": None,
+        **({"surplus": sorted(set(seen.surplus))} if seen.surplus else {}),
         **measures,
     }
-    holdings = _holdings(state, seen, ranks)
+    holdings = _holdings(state, seen)
     known = {after.round, *(holding.round for holding in holdings.values())}
-    return replace(after, holdings=holdings, drift=residuals.forget(after.drift, known)), record
+    drift = residuals.forget(after.drift, known)
+    return replace(after, holdings=holdings, drift=drift, awaited=dict(sorted(seen.awaited.items()))), record
 
 
 def run(
@@ -162,68 +155,15 @@ def evaluate_on_clients(
     return {**means, "rows": int(sum(figures["rows"] for figures in answers)), "groups": {}}
 
 
-def in_order(
-    replies: Iterable[tuple[int, Packet | Failure]], cohort: tuple[int, ...]
-) -> Iterator[tuple[int, Packet | Failure]]:
-    """The replies in order of partition, each as soon as all before it are in.
-
-    Floating-point sums depend on their order; so the order of arrival must not decide it. A partition that
-    never answers is a failure; one that is not in the cohort, or answers twice, is passed over.
-    """
-    waiting: dict[int, Packet | Failure] = {}
-    expected = list(cohort)
-    for partition, reply in replies:
-        waiting.setdefault(partition, reply)
-        while expected and expected[0] in waiting:
-            first = expected.pop(0)
-            yield first, waiting[first]
-            waiting[first] = Failure("answered already")
-    for partition in expected:
-        yield partition, waiting.get(partition, Failure("no answer within the deadline"))
-
-
-def _ranks(
-    plan: Plan, state: ServerState, transport: Transport, cohort: tuple[int, ...], seen: _Collected, observer: Observer
-) -> dict[int, int]:
-    """The rank of each partition of the cohort; one that was asked and has no usable answer is a failure on record."""
-    if not plan.ranks.asks:
-        return {partition: plan.ranks.rank(partition, {}) for partition in cohort}
-    cap, found = greatest_rank(state.adapter.spec), {}
-    asked = dict.fromkeys(cohort, describe_request(state, plan.session))
-    for partition, reply in in_order(transport.exchange(asked, plan.deadline_seconds), cohort):
-        try:
-            found[partition] = _described(plan, state, partition, reply, cap)
-        except FedPeftError as error:
-            seen.failures.append({"partition": partition, "reason": _reason(str(error))})
-            observer.packet(state.round + 1, partition, False)
-    return found
-
-
-def _described(plan: Plan, state: ServerState, partition: int, reply: Packet | Failure, cap: int) -> int:
-    """The rank of a node by its description.
-
-    Raises:
-        PacketError: the node failed, or wants a rank above the server's.
-    """
-    if isinstance(reply, Failure):
-        raise PacketError(reply.reason)
-    if reply.kind == "failure":
-        raise PacketError(str(reply.manifest.get("reason", "the node gave no reason")))
-    require_manifest(reply, "description", {**plan.session.manifest(state.round + 1), "partition": partition})
-    rank = plan.ranks.rank(partition, said_in(reply))
-    if rank > cap:
-        place = f"description of partition {partition}, rank"
-        raise PacketError(sentence(place, expected=f"at most {cap}", found=rank, remedy="lower the node's rank"))
-    return rank
-
-
-def _holdings(state: ServerState, seen: _Collected, ranks: Mapping[int, int]) -> dict[int, Holding]:
+def _holdings(state: ServerState, seen: Seen) -> dict[int, Holding]:
     """Who is known to have what after a round: those that answered have what they were sent; nobody else is sure."""
-    found = {partition: holding for partition, holding in state.holdings.items() if partition not in ranks}
+    found = {partition: holding for partition, holding in state.holdings.items() if partition not in seen.ranks}
     cap = greatest_rank(state.adapter.spec)
     for client in seen.clients:
         partition = client["partition"]
-        rank = min(ranks[partition] or cap, cap)
+        if "late" in client:
+            continue
+        rank = min(seen.ranks[partition] or cap, cap)
         before = state.holdings.get(partition)
         found[partition] = Holding(state.round, max(rank, before.rank) if before else rank)
     return dict(sorted(found.items()))
@@ -232,43 +172,6 @@ def _holdings(state: ServerState, seen: _Collected, ranks: Mapping[int, int]) ->
 def _took_part(record: Record) -> dict[int, int]:
     """The ranks of the clients whose updates a round used."""
     return {client["partition"]: client["rank"] for client in record["clients"]}
-
-
-def _updates(
-    strategy: Strategy,
-    plan: Plan,
-    state: ServerState,
-    ranks: Mapping[int, int],
-    replies: Iterable[tuple[int, Packet | Failure]],
-    seen: _Collected,
-    observer: Observer,
-) -> Iterator[Update]:
-    """The usable updates among `replies`; every other reply becomes a failure on record."""
-    for partition, reply in replies:
-        update = _usable(strategy, plan, state, partition, ranks[partition], reply)
-        if isinstance(update, Update) and isinstance(reply, Packet):
-            seen.clients.append(_client_record(partition, reply, update))
-            observer.packet(state.round + 1, partition, True)
-            yield update
-        elif isinstance(update, Failure):
-            seen.failures.append({"partition": partition, "reason": update.reason})
-            observer.packet(state.round + 1, partition, False)
-
-
-def _usable(
-    strategy: Strategy, plan: Plan, state: ServerState, partition: int, rank: int, reply: Packet | Failure
-) -> Update | Failure:
-    if isinstance(reply, Failure):
-        return reply
-    if reply.kind == "failure":
-        return Failure(_reason(str(reply.manifest.get("reason", "the node gave no reason"))))
-    expected = {**plan.session.manifest(state.round + 1), "partition": partition}
-    try:
-        update = read_update(reply, strategy, at_rank(state.adapter.spec, rank), expected)
-        require_norm(update, plan.most_norm, f"update of partition {partition}")
-        return update
-    except FedPeftError as error:
-        return Failure(_reason(str(error)))
 
 
 def _figures(plan: Plan, state: ServerState, partition: int, reply: Packet | Failure) -> dict[str, float]:
@@ -284,24 +187,8 @@ def _figures(plan: Plan, state: ServerState, partition: int, reply: Packet | Fai
     return figures if plan.metric in figures and rows.is_integer() and 0 < rows <= MOST_EXAMPLES else {}
 
 
-def _reason(text: str) -> str:
-    """What a node says of itself, made fit for a journal and a terminal."""
-    return "".join(letter if letter.isprintable() else " " for letter in text[:_MOST_CHARACTERS])
-
-
-def _client_record(partition: int, reply: Packet, update: Update) -> Record:
-    counted = {
-        "partition": partition,
-        "rank": int(reply.manifest.get("rank", 0)),
-        "examples": update.examples,
-        "tokens": update.tokens,
-        "bytes_up": reply.size_bytes,
-    }
-    return {"loss": math.nan, **update.metrics, **counted}
-
-
 def _aggregate(
-    strategy: Strategy, plan: Plan, state: ServerState, updates: Iterator[Update], seen: _Collected
+    strategy: Strategy, plan: Plan, state: ServerState, updates: Iterator[Update], seen: Seen
 ) -> tuple[ServerState, Measures]:
     """Merges `updates` while they come; the quorum is judged before anything reaches the state."""
     first = next(updates, None)
@@ -318,7 +205,7 @@ def _aggregate(
     return after, measures
 
 
-def _require_quorum(plan: Plan, state: ServerState, seen: _Collected) -> None:
+def _require_quorum(plan: Plan, state: ServerState, seen: Seen) -> None:
     quorum = plan.quorum or plan.cohort
     if len(seen.clients) >= quorum:
         return
@@ -331,17 +218,6 @@ def _require_quorum(plan: Plan, state: ServerState, seen: _Collected) -> None:
             remedy="mend the nodes and run again with --resume, or lower federation.quorum",
         )
     )
-
-
-def _timed(replies: Iterator[Any], waited: list[float]) -> Iterator[Any]:
-    """`replies`, with the seconds spent waiting for them added to `waited[0]`."""
-    while True:
-        started = time.perf_counter()
-        item = next(replies, None)
-        waited[0] += time.perf_counter() - started
-        if item is None:
-            return
-        yield item
 
 
 def _due(plan: Plan, round_: int) -> bool:

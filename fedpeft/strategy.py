@@ -75,7 +75,7 @@ def build(parts: Parts) -> Strategy:
                 with np.errstate(over="ignore"):
                     control[key] = control[key] + fit(change, control[key].shape) / np.float32(parts.controls)
             received = sent(state.adapter, update.spec)
-            fold = merge.add(fold, Contribution(update, received, merge.weigh(update)))
+            fold = merge.add(fold, Contribution(update, received, update.share * merge.weigh(update)))
         with np.errstate(over="ignore", invalid="ignore"):
             merged = merge.finish(fold)
         delta = stage.server(merged.delta)

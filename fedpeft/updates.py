@@ -14,8 +14,8 @@ class Update:
     """One client's contribution: trained minus received, always.
 
     `delta` holds the tensors of `spec`. `examples` and `tokens` are what it was trained on; `count` is how
-    many clients it stands for. `metrics` are for people, never for the algebra. `control` is how the client's
-    control variate moved, where the federation keeps them.
+    many clients it stands for, and `share` is multiplied with whatever it weighs. `metrics` are for people, never for
+    the algebra. `control` is how the client's control variate moved, where the federation keeps them.
     """
 
     spec: AdapterSpec
@@ -25,6 +25,7 @@ class Update:
     count: int = 1
     metrics: Mapping[str, float] = field(default_factory=dict)
     control: Tensors = field(default_factory=dict)
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class ServerState:
 
     `run` names this run and no other, `round` counts the rounds that are done. `optimizer` holds the server
     optimiser's tensors, `progress` what early stopping remembers. `drift` and `holdings` (by partition) say who
-    has which part of the adapter's residual. `control` is the mean of the clients' control variates.
+    has which part of the adapter's residual. `control` is the mean of the clients' control variates. `awaited` are
+    those that were asked in the last round and have not answered yet, and the ranks that they were asked for.
     """
 
     run: str
@@ -73,3 +75,4 @@ class ServerState:
     drift: Drift = field(default_factory=Drift)
     holdings: Mapping[int, Holding] = field(default_factory=dict)
     control: Tensors = field(default_factory=dict)
+    awaited: Mapping[int, int] = field(default_factory=dict)

@@ -76,7 +76,14 @@ class Transport(Protocol):
     def exchange(
         self, requests: Mapping[int, Packet], timeout_seconds: float
     ) -> Iterator[tuple[int, Packet | Failure]]:
-        """Sends each request to its partition and yields what comes back, as it comes, one item a request."""
+        """Sends each request to its partition and yields what comes back, as it comes, one item a request.
+
+        It may be closed before all have answered.
+        """
+        ...
+
+    def late(self) -> Iterator[tuple[int, Packet | Failure]]:
+        """What has come by now of exchanges that are over, each reply once; does not wait."""
         ...
 
 

@@ -23,9 +23,9 @@ STRATEGY = CONFIG | {"strategy"}
 WIRE = STRATEGY | {"wire"}
 RECORDS = {"memory", "checkpoint", "journal"}
 TORCH = {"adaptation", "base_weights", "bases", "evaluation", "fisher", "models", "tasks", "training"}
-FEDERATION = WIRE | RECORDS | {"laws", "ranks", "requests", "client", "rounds"}
+FEDERATION = WIRE | RECORDS | {"laws", "ranks", "requests", "client", "gathering", "rounds"}
 EDGES = FEDERATION | TORCH | {"assets", "data"}
-COMPOSED = EDGES | {"experiment", "bounds", "runs", "report"}
+COMPOSED = EDGES | {"experiment", "bounds", "events", "logs", "runs", "report", "sinks"}
 
 # Each room of fedpeft, and the other rooms that it may import.
 LAYERS = {"coordinates", "own_layers", "peft_layers", "penalties", "residual_layers", "sb_layers"}
@@ -51,7 +51,8 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": UPDATES,
     "journal": UPDATES,
     "client": WIRE | {"memory", "pruning", "requests"},
-    "rounds": WIRE | RECORDS | {"ranks", "requests", "residuals"},
+    "gathering": WIRE | {"ranks", "requests"},
+    "rounds": WIRE | RECORDS | {"gathering", "ranks", "requests", "residuals"},
     "assets": GROUND,
     "data": GROUND | {"config", "assets"},
     "residual_layers": ADAPTERS,
@@ -72,13 +73,17 @@ ROOMS: dict[str, set[str]] = {
     "bounds": EDGES | {"experiment"},
     "nodes": EDGES | {"experiment"},
     "runs": GROUND | {"config"},
+    "logs": {"errors"},
+    "events": {"logs"},
+    "sinks": GROUND | {"config", "logs"},
+    "watching": GROUND | {"journal", "logs"},
     "adapter_folders": ADAPTERS | {"runs"},
     "merging": CONFIG | {"adapter_folders"},
     "report": GROUND | {"config", "journal"},
     "federate": COMPOSED,
     "engines": COMPOSED | {"federate", "nodes"},
     "progress": GROUND | {"federate", "report"},
-    "commands": COMPOSED | {"federate", "engines", "merging", "nodes", "progress"},
+    "commands": COMPOSED | {"federate", "engines", "merging", "nodes", "progress", "watching"},
     "cli": GROUND | {"assets", "commands"},
     "__main__": {"cli"},
 }
@@ -95,6 +100,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
         *sorted(LAYERS),
         "evaluation",
         "fisher",
+        "sinks/tensorboard",
         "tasks",
         "training",
     ),
@@ -110,9 +116,13 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "starlette": ("engines/flower*",),
     "ray": ("engines/ray*",),
     "matplotlib": ("report",),
+    "cryptography": ("commands/doctor_server",),
     "typer": ("cli", "commands"),
     "rich": ("commands", "progress"),
     "tomli_w": ("config",),
+    "prometheus_client": ("sinks/prometheus",),
+    "mlflow": ("sinks/mlflow",),
+    "wandb": ("sinks/wandb",),
 }
 
 COMMANDS = {"fedpeft.engines", "fedpeft.cli", "fedpeft.errors", "fedpeft.supervision", "typer"}

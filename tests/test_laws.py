@@ -137,6 +137,15 @@ BROKEN: list[tuple[Parts, dict[str, Any], str, str]] = [
     ),
     (made(), {"spec": WIDE, "ranks": (2, 5, 9)}, "no node's rank is above the server's", "of at most 4, .* found 9"),
     (made(), {"spec": IA3, "ranks": (2,)}, "no node's rank is above the server's", "expected equal ranks, .* found 2"),
+    *(
+        (one, {"spec": WIDE, "carries": True}, "late updates go with a plain mean", rf"found carry with {words}")
+        for one, words in (
+            (preset("fedex"), "a rule that makes more of updates"),
+            (preset("hetlora"), "a rule that makes more of updates"),
+            (made(alternate(["*.A"], ["*.B"])), "a rule by which tensors take turns"),
+            (made(controls=3), "control variates"),
+        )
+    ),
     (
         preset("krum"),
         {"updates": 4},

@@ -59,14 +59,22 @@ RANKS = Table("rule", {"equal": Equal, "listed": Listed, "declared": Declared, "
 class FederationConfig:
     """Who takes part: `cohort` of `clients` sites each round.
 
-    A round needs `quorum` usable updates (0: all of the cohort) within `deadline_seconds`. An update whose norm is
-    above `most_update_norm` (0: no bound) is refused. `ranks` says which rank each site trains at.
+    A round needs `quorum` usable updates (0: all of the cohort) within `deadline_seconds`; where there are fewer, those
+    that have not answered are asked again, up to `retries` times. `spare` sites more than the cohort are asked, and the
+    first `cohort` to answer are taken. A round waits `wait_seconds` for all whom it would ask to be connected, and
+    up to the deadline for as many as the quorum. What comes after a round is over is dropped, or with `late = "carry"`
+    taken into the next, at a weight of 1/√2. An update whose norm is above `most_update_norm` (0: no bound) is refused.
+    `ranks` says which rank each site trains at.
     """
 
     clients: int = 12
     cohort: int = 6
     quorum: int = 1
+    spare: int = 0
     deadline_seconds: float = 600.0
+    retries: int = 0
+    wait_seconds: float = 0.0
+    late: str = "drop"
     most_update_norm: float = 0.0
     ranks: Choice = choice(RANKS, "equal")
 
@@ -81,5 +89,9 @@ class FederationConfig:
             remedy="lower cohort or raise clients",
         )
         require_range(self, "quorum", 0, self.cohort)
+        require_range(self, "spare", 0, self.clients - self.cohort)
+        require_range(self, "retries", 0, 100)
+        require_range(self, "wait_seconds", 0.0)
+        require(self.late in ("drop", "carry"), "late", expected="drop or carry", found=self.late)
         require(self.deadline_seconds > 0, "deadline_seconds", expected="above 0", found=self.deadline_seconds)
         require_range(self, "most_update_norm", 0.0)

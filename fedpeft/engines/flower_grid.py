@@ -62,6 +62,8 @@ class GridTransport:
         self._clients = config.federation.clients
         self._settings = to_flat(config)
         self._check = check
+        self._late: dict[str, int] = {}
+        self._time_to_live = 2 if config.federation.late == "carry" else 1
         self._questions: dict[str, _Question] = {}
         self._claims: dict[int, int | None] = {}
 
@@ -91,21 +93,36 @@ class GridTransport:
     def exchange(
         self, requests: Mapping[int, Packet], timeout_seconds: float
     ) -> Iterator[tuple[int, Packet | Failure]]:
-        """See Transport; Flower is told the time-out too, so that a late message is dropped on its way."""
+        """See Transport; Flower is told the time-out too, so that a late message is dropped on its way.
+
+        Where late updates count, it is told twice as much.
+        """
         deadline = time.monotonic() + timeout_seconds
         nodes = self._nodes()
         for partition in requests.keys() - nodes.keys():
             yield partition, Failure("its node is not connected")
         reachable = {partition: packet for partition, packet in requests.items() if partition in nodes}
         waiting = self._push(
-            {(partition, nodes[partition]): packet for partition, packet in reachable.items()}, timeout_seconds
+            {(partition, nodes[partition]): packet for partition, packet in reachable.items()},
+            self._time_to_live * timeout_seconds,
         )
         for partition in reachable.keys() - set(waiting.values()):
             yield partition, Failure("its message could not be handed to Flower")
-        for message_id, reply in self._replies(waiting, deadline):
-            yield waiting.pop(message_id), _read(reply)
+        try:
+            for message_id, reply in self._replies(waiting, deadline):
+                yield waiting.pop(message_id), _read(reply)
+        finally:
+            self._late = dict(waiting)
         for partition in waiting.values():
             yield partition, Failure("no answer within the deadline")
+
+    def late(self) -> Iterator[tuple[int, Packet | Failure]]:
+        """See Transport."""
+        found = self._grid.pull_messages(list(self._late)) if self._late else ()
+        for reply in found:
+            partition = self._late.pop(reply.metadata.reply_to_message_id, None)
+            if partition is not None:
+                yield partition, _read(reply)
 
     def _replies(self, waiting: Mapping[str, int], deadline: float) -> Iterator[tuple[str, Message]]:
         """Replies to the messages in `waiting`, until it is empty or the deadline has passed."""

@@ -34,6 +34,10 @@ class LocalTransport:
             else:
                 yield partition, answer(packet, self.site_of(partition), self.memories)
 
+    def late(self) -> Iterator[tuple[int, Packet | Failure]]:
+        """See Transport; here nothing is under way once an exchange is over."""
+        return iter(())
+
 
 def answer(packet: Packet, site: Site, memories: MemoryStore) -> Packet:
     """The client's reply, with its memory read before and kept after, and its seconds noted."""

@@ -149,6 +149,42 @@ def test_a_node_that_does_not_answer_in_time_is_a_failure(federation: Federation
     assert isinstance(replies[1], Failure)
 
 
+def test_what_comes_after_an_exchange_is_heard_once(federation: Federation) -> None:
+    transport = GridTransport(federation.grid, override(CONFIG, ["federation.late=carry"]))
+    node = federation.connect()
+    transport.partitions()
+    federation.reply(node, introduces(1))
+    assert transport.partitions() == (1,)
+    request = Packet("fit", {"round": 1}, b"\1")
+    assert isinstance(dict(transport.exchange({1: request}, 0.3))[1], Failure)
+    assert list(transport.late()) == []
+    federation.reply(node, echo)
+    assert list(transport.late()) == [(1, Packet("update", request.manifest, request.body))]
+    assert list(transport.late()) == []
+
+
+def test_an_exchange_that_is_closed_early_leaves_the_rest_to_come_late(federation: Federation) -> None:
+    nodes = [federation.connect() for _ in range(2)]
+    answers: dict[int, Answer] = {}
+
+    def play() -> None:
+        for node, answer in answers.items():
+            federation.reply(node, answer)
+
+    transport = GridTransport(federation.grid, CONFIG, play)
+    for partition, node in enumerate(nodes):
+        answers[node] = introduces(partition)
+        transport.partitions()
+        transport.partitions()
+        del answers[node]
+    answers[nodes[1]] = echo
+    replies = transport.exchange(dict.fromkeys((0, 1), Packet("fit", {"round": 1})), 5.0)
+    assert next(replies)[0] == 1
+    replies.close()  # type: ignore[attr-defined]
+    federation.reply(nodes[0], echo)
+    assert [partition for partition, _ in transport.late()] == [0]
+
+
 def test_an_exchange_yields_one_item_for_each_request(federation: Federation) -> None:
     nodes: dict[int, int] = {}
     answers: dict[int, Answer] = {0: echo, 1: lambda message: Error(3, "expired")}
