@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -177,6 +178,7 @@ def save_adapter(adapted: AdaptedModel, state: AdapterState, folder: Path) -> No
     with _saving(), residual.described(model, state.spec):
         if isinstance(model, peft.PeftModel):
             model.save_pretrained(str(folder), save_embedding_layers=False, selected_adapters=["default"])
+            _sort_names(model.peft_config["default"], folder / "adapter_config.json")
         elif not adapted.family.own:
             model.save_pretrained(str(folder))
         if adapted.family.own:
@@ -235,6 +237,13 @@ def save_merged(adapted: AdaptedModel, state: AdapterState, folder: Path) -> Non
     with _saving():
         merged.save_pretrained(str(folder))
         adapted.tokenizer.save_pretrained(str(folder))
+
+
+def _sort_names(config: Any, path: Path) -> None:
+    """The settings in `path` list in order what peft holds as sets, so that equal adapters are equal files."""
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    tree |= {key: sorted(tree[key]) for key, value in vars(config).items() if isinstance(value, set) and tree.get(key)}
+    path.write_text(json.dumps(tree, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _head_tensors(state: AdapterState) -> dict[str, np.ndarray]:

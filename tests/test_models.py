@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 import subprocess
 import sys
 import warnings
@@ -49,6 +50,14 @@ def test_a_fresh_adapter_changes_no_logit(tiny_model: Path, family: str) -> None
     head = adapted.initial.tensors
     plain = base.detach() @ torch.from_numpy(head["classifier.weight"]).T + torch.from_numpy(head["classifier.bias"])
     assert torch.allclose(logits(adapted.model), plain, atol=1e-6)
+
+
+def test_equal_adapters_are_equal_files_in_every_process(tiny_model: Path, tmp_path: Path) -> None:
+    # peft keeps names in sets, whose order is another in each process.
+    adapted = tiny.load(tiny_model, Lora(rank=2, target_modules=("value", "query", "key", "dense", "pooler.dense")))
+    models.save_adapter(adapted, adapted.initial, tmp_path)
+    named = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))["target_modules"]
+    assert named == ["dense", "key", "pooler.dense", "query", "value"]
 
 
 @families
