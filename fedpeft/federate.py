@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedpeft import checkpoint, journal, rounds
+from fedpeft import checkpoint, events, journal, rounds
 from fedpeft.adapters import inexact
 from fedpeft.bounds import Bound, measure_bounds
 from fedpeft.config import RunConfig, to_flat
-from fedpeft.errors import CheckpointError, sentence
+from fedpeft.errors import CheckpointError, FedPeftError, RunFolderError, sentence
 from fedpeft.experiment import (
     adapted_model,
     check_plan,
@@ -26,9 +27,11 @@ from fedpeft.experiment import (
     strategy_of,
     task_of,
 )
+from fedpeft.logs import one_line
 from fedpeft.models import AdaptedModel, save_adapter
 from fedpeft.report.page import write_report
 from fedpeft.runs import RunFolder, create, write_folder, writing
+from fedpeft.sinks import Sinks, opened
 from fedpeft.training import use_threads
 from fedpeft.updates import ServerState
 from fedpeft.version import VERSION
@@ -78,25 +81,54 @@ def federate(
         state = strategy.init(secrets.token_hex(8), config.seed, start_of(config))
         _begin(folder, config, _start_record(config, adapted, engine))
         checkpoint.save(folder.checkpoint, state)
-    told.start(journal.read(folder.journal)[0], state.round)
+    with _observed(config, folder, state) as sinks:
+        told.start(journal.read(folder.journal)[0], state.round)
 
-    def settle(record: rounds.Record, after: ServerState) -> None:
-        _note(folder, record)
-        checkpoint.save(folder.checkpoint, after)
-        told.round(record)
+        def settle(record: rounds.Record, after: ServerState) -> None:
+            _note(folder, record)
+            checkpoint.save(folder.checkpoint, after)
+            told.round(record)
+            events.round_settled(after.run, record, config.rounds, config.evaluation.metric)
+            sinks.round(record)
 
-    plan = plan_of(config, state.run, adapted.spec.digest)
-    state, stopped = rounds.run(strategy, plan, state, transport, evaluate, rounds.Observer(told.reply, settle))
-    final = strategy.finalize(state)
-    write_folder(folder.adapter, lambda scratch: save_adapter(adapted, final, scratch))
-    final_evaluation = _last_evaluation(folder.journal, state.round) or evaluate(final)
-    if bounds:
-        _note(folder, {"event": "bounds", "rows": measure_bounds(config, bounds, told.bound)})
-    samples = [sample._asdict() for sample in samples_of(config, final, config.evaluation.samples)]
-    _note(folder, {**_end_record(folder.journal, adapted, stopped, final_evaluation), "samples": samples})
-    with writing(folder.root):
-        write_report(folder.root)
-    return journal.read(folder.journal)
+        plan = plan_of(config, state.run, adapted.spec.digest)
+        state, stopped = rounds.run(strategy, plan, state, transport, evaluate, rounds.Observer(told.reply, settle))
+        final = strategy.finalize(state)
+        write_folder(folder.adapter, lambda scratch: save_adapter(adapted, final, scratch))
+        final_evaluation = _last_evaluation(folder.journal, state.round) or evaluate(final)
+        if bounds:
+            _note(folder, {"event": "bounds", "rows": measure_bounds(config, bounds, told.bound)})
+        samples = [sample._asdict() for sample in samples_of(config, final, config.evaluation.samples)]
+        end = {**_end_record(folder.journal, adapted, stopped, final_evaluation), "samples": samples}
+        _note(folder, end)
+        events.run_ended(state.run, end)
+        sinks.end(stopped)
+        with writing(folder.root):
+            write_report(folder.root)
+        return journal.read(folder.journal)
+
+
+@contextlib.contextmanager
+def _observed(config: RunConfig, folder: RunFolder, state: ServerState) -> Iterator[Sinks]:
+    """Inside, the run's sinks are open; its start and a failure that ends it are logged, the failure noted."""
+    records = journal.read(folder.journal)
+    with opened(config.observation, folder.root, config.name, state.run) as sinks:
+        sinks.begin(records, state.round)
+        events.run_started(state.run, records[0], state.round)
+        try:
+            yield sinks
+        except BaseException as error:
+            events.run_failed(state.run, error)
+            if isinstance(error, FedPeftError | KeyboardInterrupt):
+                _note_failure(folder, error)
+            raise
+
+
+def _note_failure(folder: RunFolder, error: BaseException) -> None:
+    """The journal ends with why the run did, unless the disk takes no more."""
+    reason = one_line(str(error)) if isinstance(error, FedPeftError) else "interrupted"
+    with contextlib.suppress(RunFolderError):
+        _note(folder, {"event": "failed", "time": _now(), "error": type(error).__name__, "reason": reason})
 
 
 def _note(folder: RunFolder, record: Mapping[str, Any]) -> None:

@@ -99,7 +99,7 @@ def reopen(root: Path, overrides: list[str]) -> tuple[RunFolder, RunConfig]:
         raise ConfigError(
             sentence(
                 "--set with --resume",
-                expected="only compute.*, model.device or evaluation.batch_size",
+                expected="only compute.*, observation.*, model.device or evaluation.batch_size",
                 found=", ".join(overrides),
                 remedy="start a new run for other settings",
             )
@@ -109,7 +109,7 @@ def reopen(root: Path, overrides: list[str]) -> tuple[RunFolder, RunConfig]:
 
 def _result_of(config: RunConfig) -> dict[str, object]:
     """The settings that decide what the run ends with."""
-    free = ("name", "out", "compute.", "model.device", "evaluation.batch_size")
+    free = ("name", "out", "compute.", "observation.", "model.device", "evaluation.batch_size")
     return {key: value for key, value in to_flat(config).items() if not key.startswith(free)}
 
 

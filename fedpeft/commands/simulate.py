@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from fedpeft.engines.ray import simulate_on_ray
 from fedpeft.errors import ConfigError, sentence
 from fedpeft.experiment import resolve, site_of
 from fedpeft.federate import Watcher, federate
+from fedpeft.logs import logging_to
 from fedpeft.memory import FolderMemory
 from fedpeft.progress import watching
 from fedpeft.report.tables import render_plain, summary_table
@@ -35,8 +37,8 @@ def run_simulation(
         FedPeftError: what was asked cannot be done, or the run failed.
     """
     config, folder = _start(path, overrides, resume)
-    console = Console()
-    with watching(console, quiet=quiet) as watcher:
+    console, form = Console(), config.observation.log_format
+    with logging_to(sys.stderr, form, beside_display=True), watching(console, quiet=quiet or form == "json") as watcher:
         run = _runner(config, folder, engine, resume=resume is not None, bounds=bounds, watcher=watcher)
         records = ENGINES[engine](config, folder, run)
     console.print(render_plain(summary_table(records)), highlight=False, soft_wrap=True)

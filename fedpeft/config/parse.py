@@ -26,6 +26,7 @@ from fedpeft.config.run import RunConfig
 from fedpeft.errors import ConfigError, sentence
 
 Scalar = bool | int | float | str
+Settings = typing.TypeVar("Settings")
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -34,8 +35,17 @@ def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ConfigError: no such file, not TOML, or a key or value that is not valid.
     """
+    return from_tree(overlay(RunConfig, read_tree(path), overrides))
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The nested tables of a TOML file.
+
+    Raises:
+        ConfigError: no such file, or not TOML.
+    """
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
             sentence(str(path), expected="a TOML file", found="no such file", remedy="check the path")
@@ -47,7 +57,6 @@ def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(
             sentence(str(path), expected="a TOML file", found=str(error), remedy="correct the file")
         ) from error
-    return from_tree(_overlay(tree, overrides))
 
 
 def override(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
@@ -56,7 +65,7 @@ def override(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     Raises:
         ConfigError: a key or value that is not valid.
     """
-    return from_tree(_overlay(to_tree(config), overrides))
+    return from_tree(overlay(RunConfig, to_tree(config), overrides))
 
 
 def from_tree(tree: Mapping[str, Any]) -> RunConfig:
@@ -65,12 +74,21 @@ def from_tree(tree: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: a key or value that is not valid.
     """
-    config: RunConfig = _build(RunConfig, tree, "")
-    return config
+    return build(RunConfig, tree)
 
 
-def to_tree(config: RunConfig) -> dict[str, Any]:
-    """Nested tables of plain values, fit for TOML."""
+def build(kind: type[Settings], tree: Mapping[str, Any]) -> Settings:
+    """Settings of the class `kind` from nested tables.
+
+    Raises:
+        ConfigError: a key or value that is not valid.
+    """
+    found: Settings = _build(kind, tree, "", kind)
+    return found
+
+
+def to_tree(config: object) -> dict[str, Any]:
+    """Nested tables of plain values, fit for TOML; of the settings of a run, or of any other settings."""
     return nest({key: list(value) if isinstance(value, tuple) else value for key, value in walk(config)})
 
 
@@ -92,9 +110,9 @@ def from_flat(flat: Mapping[str, Scalar]) -> RunConfig:
 def digest(config: RunConfig) -> str:
     """SHA-256 of what server and nodes must agree on.
 
-    That is every setting but the run's name and place, the machine's share in it, and when it is scored.
+    That is every setting but the run's name and place, the machine's share in it, when it is scored, and what it tells.
     """
-    local = ("name", "out", "compute.", "evaluation.", "model.device")
+    local = ("name", "out", "compute.", "evaluation.", "observation.", "model.device")
     flat = {key: value for key, value in to_flat(config).items() if not key.startswith(local)}
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
@@ -132,11 +150,13 @@ def _split(item: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
-def _overlay(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """`tree` with each of the overrides on top of it, the last one highest."""
-    result = _spell_out(RunConfig, tree)
+def overlay(
+    kind: type, tree: Mapping[str, Any], overrides: Iterable[str], below: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """`tree` over `below`, with each of the overrides on top, the last one highest; tables of settings `kind`."""
+    result = _merge(_spell_out(kind, below or {}), _spell_out(kind, tree))
     for item in overrides:
-        result = _merge(result, _spell_out(RunConfig, nest(dict([_split(item)]))))
+        result = _merge(result, _spell_out(kind, nest(dict([_split(item)]))))
     return result
 
 
@@ -162,18 +182,19 @@ def _merge(tree: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _build(kind: type, tree: Mapping[str, Any], prefix: str) -> Any:
+def _build(kind: type, tree: Mapping[str, Any], prefix: str, whole: type) -> Any:
+    """Settings of the class `kind`, which stand at `prefix` in those of the class `whole`."""
     fields = {item.name: item for item in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
-    _refuse_unknown(tree, fields, prefix)
+    _refuse_unknown(tree, fields, prefix, whole)
     values = {}
     for name, value in tree.items():
         table = fields[name].metadata.get("table")
         key = f"{prefix}{name}"
         if table is not None:
-            values[name] = _build_choice(table, value, fields[name].metadata["default"], key)
+            values[name] = _build_choice(table, value, fields[name].metadata["default"], key, whole)
         elif dataclasses.is_dataclass(hints[name]):
-            values[name] = _build(typing.cast(type, hints[name]), _as_table(value, key), f"{key}.")
+            values[name] = _build(typing.cast(type, hints[name]), _as_table(value, key), f"{key}.", whole)
         else:
             values[name] = _convert(value, hints[name], key)
     try:
@@ -182,9 +203,9 @@ def _build(kind: type, tree: Mapping[str, Any], prefix: str) -> Any:
         raise type(error)(f"{prefix}{error}") from None
 
 
-def _build_choice(table: Table, value: Any, default: str, key: str) -> Choice:
+def _build_choice(table: Table, value: Any, default: str, key: str, whole: type) -> Choice:
     tree = _as_table({table.key: value} if isinstance(value, str) else value, key)
-    _refuse_unknown(tree, {table.key: None, **table.members}, f"{key}.")
+    _refuse_unknown(tree, {table.key: None, **table.members}, f"{key}.", whole)
     name = tree.get(table.key, default)
     if table.together and isinstance(name, list):
         name = "+".join(str(part) for part in name)
@@ -193,16 +214,16 @@ def _build_choice(table: Table, value: Any, default: str, key: str) -> Choice:
         remedy = table.refused.get(str(name), f"did you mean {_nearest(str(name), table.members)!r}")
         raise ConfigError(sentence(f"{key}.{table.key}", expected=expected, found=repr(name), remedy=remedy))
     members = {
-        member: _build(kind, _as_table(tree.get(member, {}), f"{key}.{member}"), f"{key}.{member}.")
+        member: _build(kind, _as_table(tree.get(member, {}), f"{key}.{member}"), f"{key}.{member}.", whole)
         for member, kind in table.members.items()
     }
     return Choice(table, name, members)
 
 
-def _refuse_unknown(tree: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> None:
+def _refuse_unknown(tree: Mapping[str, Any], known: Mapping[str, Any], prefix: str, whole: type) -> None:
     for name in tree:
         if name not in known:
-            elsewhere = [key for key in _every_key(RunConfig, "") if key.endswith(f".{name}")]
+            elsewhere = [key for key in _every_key(whole, "") if key.endswith(f".{name}")]
             near = elsewhere[0] if elsewhere else f"{prefix}{_nearest(name, known)}" if known else ""
             raise ConfigError(
                 sentence(

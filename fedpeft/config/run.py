@@ -10,6 +10,7 @@ from fedpeft.config.aggregation import AggregationConfig
 from fedpeft.config.data import DataConfig
 from fedpeft.config.federation import FederationConfig
 from fedpeft.config.fields import Choice, choice, require, require_range
+from fedpeft.config.observation import ObservationConfig
 from fedpeft.config.tasks import TASKS
 from fedpeft.config.training import EvaluationConfig, ModelConfig, TrainingConfig
 
@@ -51,6 +52,7 @@ class RunConfig:
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    observation: ObservationConfig = field(default_factory=ObservationConfig)
 
     def __post_init__(self) -> None:
         require(

@@ -13,10 +13,12 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedpeft.config import RunConfig, load
+from fedpeft.config.observation import ObservationConfig
 from fedpeft.engines.flower_grid import GridTransport
 from fedpeft.errors import ConfigError, FedPeftError, sentence
 from fedpeft.experiment import resolve
-from fedpeft.federate import Watcher, federate
+from fedpeft.federate import federate
+from fedpeft.logs import speak_through
 from fedpeft.runs import RunFolder, folder_for, reopen
 
 _logger = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ def server_app(root: Path) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        _speak_through_flower()
+        speak_through(logging.getLogger("flwr"))
         try:
             _serve(grid, context.run_config, root)
         except FedPeftError as error:
@@ -66,40 +68,8 @@ def planned(asked: Mapping[str, Any], root: Path) -> tuple[RunFolder, RunConfig,
 
 def _serve(grid: Grid, asked: Mapping[str, Any], root: Path) -> None:
     folder, config, resume = planned(asked, root)
+    speak_through(logging.getLogger("flwr"), config.observation.log_format)
     _logger.info("the run folder is %s", folder.root)
-    transport = GridTransport(grid, config)
+    transport = GridTransport(grid, replace(config, observation=ObservationConfig()))
     transport.wait_for(config.federation.clients, config.federation.deadline_seconds)
-    federate(config, folder, transport, engine="flower", resume=resume, watcher=_watcher(config))
-
-
-def _watcher(config: RunConfig) -> Watcher:
-    """A watcher that writes a line for each round into the run's log."""
-
-    def tell(record: dict[str, Any]) -> None:
-        scored = record["evaluation"] or {}
-        metric = config.evaluation.metric
-        tail = f", held-out {metric} {scored[metric]:.4f}" if metric in scored else ""
-        counts = f"{len(record['clients'])} updates, {len(record['failures'])} failures"
-        _logger.info("round %d of %d: loss %.4f, %s%s", record["round"], config.rounds, record["loss"], counts, tail)
-
-    return Watcher(start=_nothing, reply=_nothing, round=tell, bound=_nothing)
-
-
-def _nothing(*_: object) -> None:
-    pass
-
-
-def _speak_through_flower() -> None:
-    """What fedpeft logs stands in Flower's log of the run, and a FedPeftError stands there as its sentence alone."""
-    flower, ours = logging.getLogger("flwr"), logging.getLogger("fedpeft")
-    if not ours.handlers:
-        ours.handlers, ours.propagate = list(flower.handlers), False
-        ours.setLevel(logging.INFO)
-        flower.addFilter(_as_sentence)
-
-
-def _as_sentence(record: logging.LogRecord) -> bool:
-    error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, FedPeftError):
-        record.msg, record.args, record.exc_info = f"{record.getMessage()}: {error}", (), None
-    return True
+    federate(config, folder, transport, engine="flower", resume=resume)

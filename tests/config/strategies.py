@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from fedpeft.config import Choice, RunConfig
 from fedpeft.config.adapters import Lora
 from fedpeft.config.adapters.rotations import Hra
-from fedpeft.config.federation import RANKS, ByMemory, FederationConfig
+from fedpeft.config.federation import RANKS, ByMemory, FailuresConfig, FederationConfig
 from fedpeft.config.fields import Table
+from fedpeft.config.observation import LOG_FORMATS, SINKS
 from fedpeft.config.tasks import TokenClassification
 from fedpeft.config.training import METRICS, ModelConfig
 from fedpeft.merges import MISSING, SPACES, WEIGHTS
@@ -41,11 +42,14 @@ BOUND: dict[str, st.SearchStrategy[Any]] = {
     "keep": st.floats(0.01, 1.0),
     "label_smoothing": st.floats(0.0, 0.5),
     "labels": st.lists(TEXTS, min_size=2, max_size=4, unique=True).map(tuple),
+    "log_format": st.sampled_from(LOG_FORMATS),
     "max_target_tokens": st.integers(2, 512),
     "max_tokens": st.integers(8, 512),
     "options": st.sampled_from([(), ("init_weights = true",), ('bias = "none"', "fan_in_fan_out=false")]),
     "rank_pattern": st.sampled_from([(), ("query = 2",), ("layer.0.*=4", "value=8")]),
     "tokens": st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True).map(tuple),
+    "experiment": st.from_regex(r"[a-z ]{0,3}[a-z]", fullmatch=True),
+    "project": st.from_regex(r"[a-z ]{0,3}[a-z]", fullmatch=True),
     "variant": st.sampled_from(["road_1", "road_2", "road_4"]),
     "metric": st.sampled_from(sorted(METRICS)),
     "missing": st.sampled_from(MISSING),
@@ -53,6 +57,7 @@ BOUND: dict[str, st.SearchStrategy[Any]] = {
     "precision": st.sampled_from(["float32", "bfloat16", "float16"]),
     "ranks": st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple),
     "seed": st.integers(0, 2**63 - 1),
+    "sinks": st.lists(st.sampled_from(sorted(SINKS)), max_size=3, unique=True).map(tuple),
     "source": st.text(min_size=1, max_size=6),
     "space": st.sampled_from(SPACES),
     "template": TEXTS.filter(lambda text: "{text}" not in text).map("{text}".__add__),
@@ -113,6 +118,8 @@ def _federations(draw: st.DrawFn) -> FederationConfig:
         quorum=draw(st.integers(0, cohort)),
         deadline_seconds=draw(st.floats(0.1, 1e6)),
         most_update_norm=draw(st.floats(0, 1e6)),
+        most_examples=draw(st.integers(0, 10**9)),
+        failures=draw(settings_of(FailuresConfig)),
         ranks=draw(_choices(RANKS)),
     )
 
