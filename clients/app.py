@@ -1,7 +1,9 @@
 """The Flower client of this project.
 
-A site that trains on rows of its own says here how to get at them: a function from the run's settings to the
-rows, in place of nothing. Nothing that the server sends can name a file on a node, so this is the only way.
+A site's rows, its limits and what it requires of a run stand in its node file, which `FEDPEFT_NODE` names
+(`docs/nodes.md`); nothing that the server sends can name a file on a node. A site whose rows are in no file that
+can be named there says here how to get at them, by a function from the run's settings to the rows, in place of
+nothing. Such a function wins over the file.
 
     import csv
 

@@ -163,9 +163,10 @@ def device_of(config: ModelConfig) -> str:
 
 
 def _from_where(config: ModelConfig) -> dict[str, Any]:
-    """What transformers is told of a source: its revision, and to stay off the network where it can."""
+    """What transformers is told of a source: its revision, no network if it can do without, and no code of its own."""
     offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in {"1", "true", "yes"}
-    where: dict[str, Any] = {"local_files_only": offline or Path(model_path(config)).is_dir()}
+    local = offline or Path(model_path(config)).is_dir()
+    where: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     return {**where, "revision": config.revision} if config.revision else where
 
 

@@ -24,6 +24,9 @@ from fedpeft.pruning import kept_rank
 from fedpeft.randomness import derive_seed, rng
 from fedpeft.tasks import Encoded, Task
 
+LIBRARY_BYTES = 500_000_000
+"""Bytes that Python, torch and transformers take before a model is loaded, as measured on Linux."""
+
 _TINY = 1e-12
 """The least norm that a gradient is divided by."""
 

@@ -15,10 +15,7 @@ from fedpeft.errors import ModelError
 from fedpeft.experiment import adapted_model, check_plan, learner_of, release_models, resolve, test_examples
 from fedpeft.report.tables import Table, render_plain
 from fedpeft.report.units import human_bytes
-from fedpeft.training import fit_memory_bytes, training_memory_bytes
-
-LIBRARIES = 500_000_000
-"""Bytes that Python, torch and transformers take before a model is loaded, as measured on Linux."""
+from fedpeft.training import LIBRARY_BYTES, fit_memory_bytes, training_memory_bytes
 
 
 class Need(NamedTuple):
@@ -33,7 +30,7 @@ class Need(NamedTuple):
     @property
     def total(self) -> int:
         """All that a training process holds at its peak, a layer that is computed again aside."""
-        return LIBRARIES + self.base + self.training
+        return LIBRARY_BYTES + self.base + self.training
 
 
 def run_plan(path: Path, overrides: list[str], gigabytes: float) -> None:

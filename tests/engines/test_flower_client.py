@@ -8,10 +8,11 @@ import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
 
 from fedpeft.config import RunConfig, digest, override, to_flat
-from fedpeft.engines.flower_client import MODEL_VARIABLE, Row, Task, client_app, on_node, task_of
+from fedpeft.engines.flower_client import MODEL_VARIABLE, NODE_VARIABLE, Row, Task, client_app, task_of
 from fedpeft.engines.flower_messages import to_packet, to_records
 from fedpeft.errors import PacketError
 from fedpeft.experiment import adapted_model
+from fedpeft.nodes import followed
 from fedpeft.requests import describe_request
 from fedpeft.updates import ServerState
 from fedpeft.version import VERSION
@@ -23,6 +24,7 @@ from tests import tiny
 def a_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, in_a_flower_run: int) -> None:
     monkeypatch.setenv("FEDPEFT_HOME", str(tmp_path / "home"))
     monkeypatch.delenv(MODEL_VARIABLE, raising=False)
+    monkeypatch.delenv(NODE_VARIABLE, raising=False)
 
 
 def own_rows(config: RunConfig) -> list[Row]:
@@ -53,9 +55,18 @@ def test_a_node_without_a_partition_says_what_it_needs(partition: int | str | No
     ("overrides", "expected"),
     [
         (("data.origin=jsonl", "data.origin.jsonl.path=/etc/passwd"), "nothing that the server sends can name data"),
-        (("data.origin=csv", "data.origin.csv.path=rows.csv"), "give the node its own rows in clients/app.py"),
-        (("data.origin=hub", "data.origin.hub.name=/data"), "give the node its own rows in clients/app.py"),
-        (("model.source=/srv/model",), f"name the node's own folder in {MODEL_VARIABLE}"),
+        (
+            ("data.origin=csv", "data.origin.csv.path=rows.csv"),
+            "give the node its own rows in its node file, or in clients/app.py",
+        ),
+        (
+            ("data.origin=hub", "data.origin.hub.name=/data"),
+            "give the node its own rows in its node file, or in clients/app.py",
+        ),
+        (
+            ("model.source=/srv/model",),
+            f"name the node's own folder as model.folder in its file, or in {MODEL_VARIABLE}",
+        ),
         (("model.source=../model",), "model.source: expected asset:NAME or a Hub name"),
         (("model.source=asset:../../model",), "model.source: expected asset:NAME or a Hub name"),
         (("model.source=fedpeft",), "model.source: expected asset:NAME or a Hub name"),
@@ -75,14 +86,14 @@ def test_nothing_that_the_server_sends_names_a_file_on_a_node(
 def test_own_rows_and_an_own_model_take_the_place_of_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     config = override(RunConfig(), ["data.origin=jsonl", "model.source=/srv/model", "out=/srv/run"])
     with pytest.raises(PacketError, match="own folder"):
-        on_node(config, own_rows)
+        followed(config, own_rows)
     monkeypatch.setenv(MODEL_VARIABLE, "/data/model")
-    followed = on_node(config, own_rows)
-    assert followed.model.source == "/data/model"
-    assert followed.out == ""
+    mine = followed(config, own_rows)
+    assert mine.model.source == "/data/model"
+    assert mine.out == ""
     for source in ("asset:minilm", "sentence-transformers/all-MiniLM-L6-v2"):
         monkeypatch.delenv(MODEL_VARIABLE, raising=False)
-        assert on_node(override(RunConfig(), [f"model.source={source}"]), None).model.source == source
+        assert followed(override(RunConfig(), [f"model.source={source}"]), None).model.source == source
 
 
 @pytest.fixture
@@ -164,3 +175,23 @@ def test_a_way_that_there_is_not_is_one_sentence(
     answer = described(**{key: value})
     assert answer.kind == "failure"
     assert expected in str(answer.manifest["reason"])
+
+
+@pytest.mark.parametrize(
+    ("override_text", "expected"),
+    [
+        ("adapter.prompt_tuning.virtual_tokens=1000000000", "adapter.prompt_tuning.virtual_tokens: expected at most"),
+        ("adapter.lora.rank=1000000000", "adapter.lora.rank: expected at most"),
+        ("task.sequence_classification.max_tokens=1000000000", "max_tokens: expected at most"),
+        ("compute.threads=1000000000", "compute.threads: expected at most"),
+        ('adapter.lora.rank_pattern=["(a+)+$ = 2"]', "adapter.lora.rank_pattern: expected patterns of letters"),
+        ('adapter.lora.options=["megatron_core = \\"antigravity\\""]', "adapter.lora.options: expected numbers"),
+    ],
+)
+def test_settings_beyond_reason_are_refused_before_anything_is_read(
+    override_text: str, expected: str, tmp_path: Path
+) -> None:
+    answer = ask(Packet("fit", {"run": "r", "round": 1}), override_text)
+    assert answer.kind == "failure"
+    assert expected in str(answer.manifest["reason"])
+    assert not (tmp_path / "home").exists()
