@@ -1,78 +1,24 @@
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from fedpeft import journal
-from fedpeft.assets import cache_folder
 from fedpeft.runs import RunFolder
 from server.make_certificates import make_certificates
 from tests.engines import processes
-from tests.engines.conftest import ROOT, SHRUNK, adapter
+from tests.engines.conftest import adapter
+from tests.engines.lab import Lab, lab_in
 
 pytestmark = [pytest.mark.engines, pytest.mark.assets]
 TWO = ("federation.clients=2", "federation.cohort=2")
-FINISHED_SECONDS = 240.0
-
-
-@dataclass(frozen=True)
-class Lab:
-    """A copy of the app, and an environment in which Flower and fedpeft keep everything in one folder."""
-
-    root: Path
-    env: dict[str, str]
-
-    @property
-    def app(self) -> Path:
-        return self.root / "app"
-
-    def flwr(self, *arguments: object) -> str:
-        return processes.run(processes.command("flwr", *arguments), self.env, self.app)
-
-    def start(self, connection: str, out: Path, *overrides: str, more: tuple[str, ...] = ()) -> str:
-        """The id of a new run of the shrunk demo."""
-        asked = f'set="{" ".join((*SHRUNK, *overrides))}" out="{out}"'
-        printed = self.flwr("run", ".", connection, "--format", "json", "-c", asked, *more)
-        return str(json.loads(printed[printed.index("{") :])["run-id"])
-
-    def status(self, connection: str, run_id: str) -> str:
-        listed = json.loads(self.flwr("ls", connection, "--format", "json"))
-        return next(run["status"] for run in listed["runs"] if str(run["run-id"]) == run_id)
-
-    def finished(self, connection: str, run_id: str, *logs: Path) -> str:
-        """The status of a run once it has finished."""
-
-        def ended() -> str | None:
-            status = self.status(connection, run_id)
-            return status if status.startswith("finished") else None
-
-        return processes.until(ended, FINISHED_SECONDS, "end of the run", *logs)
 
 
 @pytest.fixture
 def lab(short_folder: Path) -> Lab:
-    for name in ("fedpeft", "clients", "server", "simulations"):
-        shutil.copytree(ROOT / name, short_folder / "app" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", short_folder / "app")
-    cache = short_folder / "cache"
-    cache.mkdir()
-    for asset in cache_folder().iterdir():
-        (cache / asset.name).symlink_to(asset)
-    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    env |= {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}",
-        "FLWR_HOME": str(short_folder / "flwr"),
-        "FEDPEFT_HOME": str(cache),
-        "COLUMNS": "200",
-    }
-    return Lab(short_folder, env)
+    return lab_in(short_folder)
 
 
 def superlink(lab: Lab, keys: Path, port: int) -> list[str]:

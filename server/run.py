@@ -1,0 +1,185 @@
+"""Starts a run and sees it to its end: `python -m server.run simulations/demo.toml --out runs/demo`.
+
+A run of Flower's ends for good when its server, the SuperLink or the machine goes down. What was recorded is in the
+run folder, so this starts a new one that goes on from there, again and again, until the run has come to its end or
+no round is gained any more. The SuperLink must run, or come back: `server.start` keeps it running.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedpeft import checkpoint, journal
+from fedpeft.cli import script
+from fedpeft.engines.flower_environment import HOME_VARIABLE, flower_environment
+from fedpeft.errors import ConfigError, FederationError, sentence
+from fedpeft.runs import RunFolder
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The folder of the app."""
+
+_CALL_SECONDS = 120.0
+_POLL_SECONDS = 3.0
+_SILENT_SECONDS = 300.0
+"""How long a SuperLink may be away, or not know a run, before the run is taken up anew."""
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """How often a run is taken up again without a round gained, and the seconds before each time."""
+
+    most: int = 10
+    pause_seconds: float = 5.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the app on the federation that `flwr` calls `connection`; its folder and what it is started with."""
+
+    connection: str
+    folder: Path
+    config: str
+    overrides: tuple[str, ...]
+    env: Mapping[str, str]
+
+    def start(self) -> str:
+        """Flower's number of a new attempt, which goes on from the last recorded round if there is one.
+
+        Raises:
+            FederationError: Flower does not take it.
+        """
+        fields = {"resume": str(self.folder)} if self.recorded() is not None else {"out": str(self.folder)}
+        fields |= {"config": self.config, "set": shlex.join(self.overrides)} if "out" in fields else {}
+        asked = " ".join(f"{key}={json.dumps(value)}" for key, value in fields.items())
+        answer = self._flwr("run", ".", self.connection, "--format", "json", "-c", asked)
+        if "run-id" not in answer:
+            found = str(answer.get("error-message", "no number of a run"))
+            raise FederationError(
+                sentence("flwr run", expected="a new run", found=found[:300], remedy="see that the SuperLink runs")
+            )
+        return str(answer["run-id"])
+
+    def status(self, number: str) -> str:
+        """Flower's word for how an attempt stands; empty where the SuperLink does not answer or does not know it."""
+        listed = self._flwr("ls", self.connection, "--format", "json").get("runs", ())
+        return next((str(run["status"]) for run in listed if str(run["run-id"]) == number), "")
+
+    def recorded(self) -> int | None:
+        """The rounds on record; None where the run has not begun."""
+        folder = RunFolder(self.folder)
+        if not checkpoint.exists(folder.checkpoint):
+            return None
+        return [record["event"] for record in journal.read(folder.journal)].count("round")
+
+    def ended(self) -> bool:
+        """Whether the run has come to its end."""
+        path = RunFolder(self.folder).journal
+        return path.exists() and any(record["event"] == "end" for record in journal.read(path))
+
+    def reason(self, number: str) -> str:
+        """The last words of an attempt's log."""
+        done = self._call("log", number, self.connection, "--show")
+        lines = [line for line in done.splitlines() if "rror" in line]
+        return " ".join(lines[-1].split())[-300:] if lines else "nothing in its log"
+
+    def _flwr(self, *arguments: str) -> dict[str, Any]:
+        printed = self._call(*arguments)
+        try:
+            found = json.loads(printed[printed.index("{") :])
+        except ValueError:
+            found = {"error-message": " ".join(printed.split())[-300:]}
+        return found if isinstance(found, dict) else {}
+
+    def _call(self, *arguments: str) -> str:
+        """What `flwr` prints; the words of a failure where it does not answer in time."""
+        try:
+            done = subprocess.run(
+                ("flwr", *arguments),
+                env=dict(self.env),
+                cwd=ROOT,
+                timeout=_CALL_SECONDS,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return f"no answer within {_CALL_SECONDS:g} seconds"
+        return done.stdout + (done.stderr if done.returncode else "")
+
+
+def see_through(run: Run, attempts: Attempts, say: Callable[[str], None]) -> None:
+    """The run has come to its end, taken up again however often it was cut off.
+
+    Raises:
+        FederationError: no round was gained in as many attempts as are allowed.
+    """
+    fruitless, rounds = 0, run.recorded()
+    while not run.ended():
+        why = _attempt(run, say)
+        if run.ended():
+            break
+        now = run.recorded()
+        fruitless = 0 if now != rounds else fruitless + 1
+        rounds = now
+        if fruitless >= attempts.most:
+            remedy = "mend that, then call this again: the run goes on"
+            place = f"run {run.folder}"
+            raise FederationError(
+                sentence(place, expected=f"a round gained in {attempts.most} attempts", found=why, remedy=remedy)
+            )
+        say(f"cut off after {rounds or 0} rounds ({why}); goes on in {attempts.pause_seconds:g} s")
+        time.sleep(attempts.pause_seconds)
+    say(f"the run in {run.folder} is complete")
+
+
+def _attempt(run: Run, say: Callable[[str], None]) -> str:
+    """Why one attempt is over."""
+    try:
+        number = run.start()
+    except FederationError as error:
+        return str(error)
+    say(f"run {number} of Flower's")
+    heard = time.monotonic()
+    while True:
+        time.sleep(_POLL_SECONDS)
+        status = run.status(number)
+        heard = time.monotonic() if status else heard
+        if time.monotonic() - heard > _SILENT_SECONDS:
+            return f"nothing heard of it for {_SILENT_SECONDS:g} seconds"
+        if status.startswith("finished"):
+            return status if status.endswith("completed") else f"{status}: {run.reason(number)}"
+        if run.ended():
+            return "ended"
+
+
+def main(
+    config: Annotated[str, typer.Argument(help="Settings, a file of this folder.")],
+    out: Annotated[Path, typer.Option(help="The run folder; a run that is there goes on.", show_default=False)],
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides.")] = None,
+    name: Annotated[str, typer.Option(help="What `server.start` calls the federation.")] = "lab",
+    home: Annotated[Path, typer.Option(envvar=HOME_VARIABLE, help="The server's folder.")] = Path("federation"),
+    attempts: Annotated[int, typer.Option(min=1, help="Attempts without a round gained, before giving up.")] = 10,
+) -> None:
+    """Start the run, or go on with it, and see it to its end whatever is cut off on the way."""
+    if not (ROOT / config).is_file():
+        remedy = f"name a file below {ROOT}, because Flower takes it along with the app"
+        raise ConfigError(sentence("CONFIG", expected="a settings file", found=repr(config), remedy=remedy))
+    run = Run(name, out.absolute(), config, tuple(set_ or ()), flower_environment(home, os.environ))
+    see_through(run, Attempts(attempts), lambda text: typer.echo(f"fedpeft: {text}"))
+
+
+__all__: Sequence[str] = ("Attempts", "Run", "main", "see_through")
+
+if __name__ == "__main__":
+    script(main)
