@@ -35,6 +35,13 @@ class Engine(enum.StrEnum):
     ray = "ray"
 
 
+class LogFormat(enum.StrEnum):
+    """The form of what a run tells while it goes on."""
+
+    text = "text"
+    json = "json"
+
+
 ConfigPath = Annotated[Path, typer.Argument(help="The run's settings, a TOML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -55,6 +62,10 @@ def simulate(
         bool, typer.Option(help="Measure what the federation is compared with: frozen, alone, pooled.")
     ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the result.")] = False,
+    log_format: Annotated[
+        LogFormat | None,
+        typer.Option(help="Say what happens as text, or as one line of JSON an event to stderr.", show_default=False),
+    ] = None,
 ) -> None:
     """Run a federation on this machine and write its run folder.
 
@@ -70,7 +81,8 @@ def simulate(
     """
     from fedpeft.commands.simulate import run_simulation
 
-    run_simulation(config, set_ or [], engine=engine.value, resume=resume, bounds=bounds, quiet=quiet)
+    told = [] if log_format is None else [f"observation.log_format={log_format.value}"]
+    run_simulation(config, [*(set_ or []), *told], engine=engine.value, resume=resume, bounds=bounds, quiet=quiet)
 
 
 @app.command()
@@ -91,6 +103,41 @@ def plan(
     from fedpeft.commands.plan import run_plan
 
     run_plan(config, set_ or [], memory)
+
+
+@app.command()
+def doctor(
+    node: Annotated[Path, typer.Argument(help="The node's own settings, a TOML file.", show_default=False)],
+    config: Annotated[
+        Path | None, typer.Option(help="Settings of a run that the node is to take part in.", show_default=False)
+    ] = None,
+    set_: Overrides = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """Say whether a node can take part: libraries, device, disk, server, certificate, key, and a run's data and memory.
+
+    Nothing is asked but the server's own address. The exit code is 1 if something fails.
+    """
+    from fedpeft.commands.doctor import run_doctor
+
+    if not run_doctor(node, config, set_ or [], as_json=json_):
+        raise typer.Exit(1)
+
+
+@app.command()
+def node(
+    node: Annotated[Path, typer.Argument(help="The node's own settings, a TOML file.", show_default=False)],
+    app: Annotated[
+        str, typer.Option(metavar="MODULE:NAME", help="The site's own Flower client.", show_default="fedpeft's")
+    ] = "",
+) -> None:
+    """Serve a federation from this machine until stopped; the base stays in memory between rounds.
+
+    It runs what is installed here alone, never code that a server sends.
+    """
+    from fedpeft.commands.node import run
+
+    run(node, app)
 
 
 @app.command()
@@ -122,6 +169,22 @@ def data(
     from fedpeft.commands.data import run_data
 
     run_data(config, set_ or [], picture)
+
+
+@app.command()
+def watch(
+    run: Run,
+    once: Annotated[bool, typer.Option("--once", help="Show how the run stands and end.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print a line of JSON whenever the run has moved on.")] = False,
+) -> None:
+    """Show a run while it goes on, from its folder alone: figures, pace, sites, failures, the time left.
+
+    It may be started before the run, or after it. In a pipe or a file it is a plain line a round.
+    Exit code 1: the run has failed.
+    """
+    from fedpeft.commands.watch import run_watch
+
+    raise typer.Exit(run_watch(run, once=once, as_json=json_))
 
 
 @app.command()
