@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedpeft import quarantine
 from fedpeft.adapters import AdapterState, spec_from_fields, spec_to_fields
 from fedpeft.errors import CheckpointError, sentence
 from fedpeft.files import encode_tensors, read_tensors, write_atomically
@@ -37,6 +38,7 @@ def save(folder: Path, state: ServerState) -> None:
         "progress": dict(state.progress),
         "spec": spec_to_fields(state.adapter.spec),
         "drift": {"epoch": state.drift.epoch, "ranks": [[r, list(ranks)] for r, ranks in state.drift.ranks.items()]},
+        "conduct": quarantine.to_fields(state.conduct),
         "awaited": [list(item) for item in state.awaited.items()],
         "holdings": [[partition, have.round, have.rank] for partition, have in state.holdings.items()],
     }
@@ -109,6 +111,7 @@ def _decoded(path: Path) -> ServerState:
         drift=Drift(fields["drift"]["epoch"], {r: tuple(ranks) for r, ranks in fields["drift"]["ranks"]}),
         holdings={partition: Holding(round_, rank) for partition, round_, rank in fields["holdings"]},
         control=_below(tensors, "control/"),
+        conduct=quarantine.from_fields(fields.get("conduct", [])),
         awaited=dict(fields.get("awaited", [])),
     )
 

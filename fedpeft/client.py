@@ -92,7 +92,8 @@ class Site:
 def handle(packet: Packet, memory: Memory, site: Site) -> tuple[Packet, Memory]:
     """The client's reply and its memory after it.
 
-    Whatever goes wrong here is told to the server as a packet of kind `failure`, and the memory stays as it was.
+    Whatever goes wrong here is told to the server as a packet of kind `failure`, and the memory stays as it was. What
+    nobody foresaw may quote a row or a path, so of that the server hears the kind alone.
     """
     try:
         handler = _HANDLERS.get(packet.kind)
@@ -110,7 +111,7 @@ def handle(packet: Packet, memory: Memory, site: Site) -> tuple[Packet, Memory]:
         return _failure(packet, site, str(error)), memory
     except Exception as error:  # a bug or a device fault on one node must not end the federation
         _logger.exception("partition %d failed in round %s", site.partition, packet.manifest.get("round"))
-        return _failure(packet, site, f"{type(error).__name__}: {error}"), memory
+        return _failure(packet, site, f"{type(error).__name__}; the node's log says more"), memory
 
 
 def _fit(packet: Packet, memory: Memory, site: Site) -> tuple[Packet, Memory]:

@@ -23,6 +23,7 @@ from fedpeft.evaluation import evaluate, sampled
 from fedpeft.fisher import with_places
 from fedpeft.laws import check
 from fedpeft.models import AdaptedModel, install, load, most_tokens
+from fedpeft.quarantine import Budget
 from fedpeft.ranks import RankRule
 from fedpeft.strategy import Parts, Strategy, build
 from fedpeft.tasks import Encoded, Sample, Task, build_task, with_labels
@@ -268,6 +269,7 @@ def test_examples(config: RunConfig) -> tuple[Encoded, ...]:
 
 def plan_of(config: RunConfig, run: str, spec: str) -> rounds.Plan:
     """The round loop's view of the settings."""
+    failures = config.federation.failures
     return rounds.Plan(
         session=Session(run, digest(config), spec),
         rounds=config.rounds,
@@ -286,6 +288,8 @@ def plan_of(config: RunConfig, run: str, spec: str) -> rounds.Plan:
         retries=config.federation.retries,
         wait_seconds=config.federation.wait_seconds,
         carry=config.federation.late == "carry",
+        most_examples=config.federation.most_examples,
+        budget=Budget(failures.budget, failures.window, failures.rest),
     )
 
 

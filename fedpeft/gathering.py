@@ -11,6 +11,7 @@ from typing import Any
 
 from fedpeft.adapters import at_rank, greatest_rank
 from fedpeft.errors import FedPeftError, PacketError, sentence
+from fedpeft.quarantine import FAILED, REFUSED
 from fedpeft.randomness import rng
 from fedpeft.ranks import RankRule, said_in
 from fedpeft.requests import describe_request, fit_request
@@ -22,6 +23,7 @@ from fedpeft.wire import (
     Session,
     Transport,
     read_update,
+    require_examples,
     require_manifest,
     require_norm,
 )
@@ -49,7 +51,8 @@ class Asking:
     `cohort` usable answers. Where fewer than `quorum` (0: the cohort) are usable after `deadline_seconds`, those that
     have not answered are asked again, up to `retries` times. A round begins once all whom it would ask are connected,
     or after `wait_seconds`; with fewer than the quorum it goes on waiting, for `deadline_seconds` at most. What comes
-    after a round is over is passed over, or with `carry` taken into the next, where it weighs `LATE_SHARE`.
+    after a round is over is passed over, or with `carry` taken into the next, where it weighs `LATE_SHARE`. An update
+    longer than `most_norm`, or of more than `most_examples`, is refused (0: no bound).
     """
 
     cohort: int
@@ -62,6 +65,7 @@ class Asking:
     wait_seconds: float = 0.0
     carry: bool = False
     most_norm: float = 0.0
+    most_examples: int = 0
 
     @property
     def least(self) -> int:
@@ -195,7 +199,7 @@ def _held(one: Round) -> Iterator[Update]:
             if enough:
                 one.seen.surplus.append(partition)
             else:
-                _failed(one, partition, _NO_ANSWER)
+                _failed(one, partition, Failure(_NO_ANSWER))
     if len(held.keys() - late) >= asking.least:
         yield from (held[partition] for partition in sorted(held))
 
@@ -210,7 +214,7 @@ def _carried(one: Round) -> Iterator[tuple[int, Update]]:
             continue
         update = _usable(one, partition, rank, reply, one.state.round)
         if isinstance(update, Failure):
-            _failed(one, partition, f"late: {update.reason}")
+            _failed(one, partition, replace(update, reason=f"late: {update.reason}"))
         else:
             one.seen.clients.append({**_client_record(partition, reply, update), "late": True})
             yield partition, replace(update, share=LATE_SHARE)
@@ -255,23 +259,32 @@ def _ranks(one: Round, cohort: tuple[int, ...]) -> dict[int, int]:
     found = {}
     asked = dict.fromkeys(cohort, describe_request(one.state, one.session))
     for partition, reply in in_order(one.transport.exchange(asked, one.asking.deadline_seconds), cohort):
+        failure = _excuse(reply)
         try:
-            found[partition] = _described(one, partition, reply)
+            if failure is None and isinstance(reply, Packet):
+                found[partition] = _described(one, partition, reply)
         except FedPeftError as error:
-            _failed(one, partition, str(error))
+            failure = Failure(str(error), REFUSED)
+        if failure is not None:
+            _failed(one, partition, failure)
     return found
 
 
-def _described(one: Round, partition: int, reply: Packet | Failure) -> int:
+def _excuse(reply: Packet | Failure) -> Failure | None:
+    """Why there is no answer in a reply; None where there is one, usable or not."""
+    if isinstance(reply, Failure):
+        return reply
+    if reply.kind == "failure":
+        return Failure(str(reply.manifest.get("reason", "the node gave no reason")), FAILED)
+    return None
+
+
+def _described(one: Round, partition: int, reply: Packet) -> int:
     """The rank of a node by its description.
 
     Raises:
-        PacketError: the node failed, or wants a rank above the server's.
+        PacketError: it is no description, or the node wants a rank above the server's.
     """
-    if isinstance(reply, Failure):
-        raise PacketError(reply.reason)
-    if reply.kind == "failure":
-        raise PacketError(str(reply.manifest.get("reason", "the node gave no reason")))
     require_manifest(reply, "description", {**one.session.manifest(one.number), "partition": partition})
     rank, cap = one.asking.ranks.rank(partition, said_in(reply)), greatest_rank(one.state.adapter.spec)
     if rank > cap:
@@ -301,31 +314,31 @@ def _noted(one: Round, partition: int, reply: Packet | Failure) -> Update | None
     """The update in a reply, on record; None for a failure, which is on record too."""
     update = _usable(one, partition, one.seen.ranks[partition], reply, one.number)
     if isinstance(update, Failure) or isinstance(reply, Failure):
-        _failed(one, partition, update.reason if isinstance(update, Failure) else "")
+        _failed(one, partition, update if isinstance(update, Failure) else Failure(""))
         return None
     one.seen.clients.append(_client_record(partition, reply, update))
     one.heard(one.number, partition, True)
     return update
 
 
-def _failed(one: Round, partition: int, reason: str) -> None:
-    one.seen.failures.append({"partition": partition, "reason": reason_in(reason)})
+def _failed(one: Round, partition: int, failure: Failure) -> None:
+    one.seen.failures.append({"partition": partition, "kind": failure.kind, "reason": reason_in(failure.reason)})
     one.heard(one.number, partition, False)
 
 
 def _usable(one: Round, partition: int, rank: int, reply: Packet | Failure, round_: int) -> Update | Failure:
     """The update that answers the request of round `round_` for `rank`, or why there is none."""
-    if isinstance(reply, Failure):
-        return reply
-    if reply.kind == "failure":
-        return Failure(str(reply.manifest.get("reason", "the node gave no reason")))
+    excuse = _excuse(reply)
+    if excuse is not None or isinstance(reply, Failure):
+        return excuse or Failure("")
     expected = {**one.session.manifest(round_), "partition": partition}
     try:
         update = read_update(reply, one.strategy, at_rank(one.state.adapter.spec, rank), expected)
         require_norm(update, one.asking.most_norm, f"update of partition {partition}")
+        require_examples(update, one.asking.most_examples, f"update of partition {partition}")
         return update
     except FedPeftError as error:
-        return Failure(str(error))
+        return Failure(str(error), REFUSED)
 
 
 def _client_record(partition: int, reply: Packet, update: Update) -> Record:

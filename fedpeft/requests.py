@@ -6,6 +6,7 @@ sent once; of the residual beside the base, only the columns since it was last h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,11 +17,12 @@ from fedpeft.errors import PacketError, sentence
 from fedpeft.residuals import Ranks
 from fedpeft.strategy import Strategy
 from fedpeft.updates import Memory, ServerState
-from fedpeft.wire import Packet, Scalar, Session
+from fedpeft.wire import Packet, Scalar, Session, shown
 
 CONSTANT, RESIDUAL = "constant/", "residual/"
 """What a memory's keys begin with where it keeps tensors that never change, and the residual."""
 
+_RANKS = re.compile(r"(\d{1,20}(,\d{1,20})*)?", re.ASCII)
 _EXACT = dense()
 """The residual is part of the base, and no codec may change that."""
 
@@ -83,7 +85,7 @@ def read_request(packet: Packet, strategy: Strategy, spec: AdapterSpec, memory: 
     adapter = {**tensors, **_constants(strategy, own, kept, place, known=known)}
     adapter |= _own(strategy, own, kept, int(packet.manifest["round"]))
     if columns:
-        field = {"epoch": int(packet.manifest["residual.epoch"]), "ranks": list(end)}
+        field = {"epoch": _epoch(packet), "ranks": list(end)}
         kept = Memory(
             {**_without(kept.tensors, RESIDUAL), **{f"{RESIDUAL}{key}": value for key, value in residual.items()}},
             {**kept.fields, "residual": field},
@@ -185,7 +187,7 @@ def _rank(packet: Packet, spec: AdapterSpec) -> int:
             sentence(
                 f"{packet.kind} request, rank",
                 expected=f"an integer from {min(1, most)} to {most}",
-                found=repr(rank),
+                found=shown(rank),
                 remedy="use the same adapter settings on both sides",
             )
         )
@@ -194,17 +196,30 @@ def _rank(packet: Packet, spec: AdapterSpec) -> int:
 
 def _ranks(packet: Packet, key: str) -> Ranks:
     text = packet.manifest.get(key, "")
-    try:
-        return tuple(int(item) for item in str(text).split(",") if item)
-    except ValueError as error:
+    if not isinstance(text, str) or not _RANKS.fullmatch(text):
         raise PacketError(
             sentence(
                 f"{packet.kind} request, {key}",
                 expected="integers with commas between",
-                found=repr(text)[:80],
+                found=shown(text),
                 remedy="run the same version on both sides",
             )
-        ) from error
+        )
+    return tuple(int(item) for item in text.split(",") if item)
+
+
+def _epoch(packet: Packet) -> int:
+    epoch = packet.manifest.get("residual.epoch")
+    if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+        raise PacketError(
+            sentence(
+                f"{packet.kind} request, residual.epoch",
+                expected="an integer from 0",
+                found=shown(epoch),
+                remedy="run the same version on both sides",
+            )
+        )
+    return epoch
 
 
 def _less(end: Ranks, start: Ranks, spec: AdapterSpec) -> Ranks:

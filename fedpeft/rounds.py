@@ -11,6 +11,7 @@ from fedpeft import residuals
 from fedpeft.adapters import AdapterState, greatest_rank
 from fedpeft.errors import FedPeftError, QuorumError, sentence
 from fedpeft.gathering import Asking, Record, Round, Seen, cohort_of, in_order, updates_of
+from fedpeft.quarantine import Budget, Offence, noted, quarantined
 from fedpeft.ranks import RankRule
 from fedpeft.requests import evaluate_request
 from fedpeft.strategy import Measures, Strategy
@@ -21,6 +22,9 @@ __all__ = ["Evaluate", "Observer", "Plan", "Record", "cohort_of", "evaluate_on_c
 
 Evaluate = Callable[[AdapterState], Record]
 
+NO_BUDGET = Budget(most=0.0)
+"""Nobody is ever barred."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -29,7 +33,7 @@ class Plan:
     `quorum` is the least number of usable updates. The server scores the adapter every `evaluate_every` rounds
     (0: only at the end); after `patience` scores in a row that do not better `metric` the run stops (0: never).
     `metric_sign` is 1 where more is better, -1 where less is. An update longer than `most_norm` (0: no bound) is
-    refused. For the others see `Asking`.
+    refused. For the others see `Asking`; a node that fails more than its `budget` is not asked for a while.
     """
 
     session: Session
@@ -49,6 +53,8 @@ class Plan:
     retries: int = 0
     wait_seconds: float = 0.0
     carry: bool = False
+    most_examples: int = 0
+    budget: Budget = NO_BUDGET
 
     @property
     def asking(self) -> Asking:
@@ -64,6 +70,7 @@ class Plan:
             self.wait_seconds,
             self.carry,
             self.most_norm,
+            self.most_examples,
         )
 
 
@@ -85,7 +92,8 @@ def step(
     """
     started = time.perf_counter()
     seen = Seen()
-    one = Round(strategy, plan.asking, plan.session, state, transport, seen, observer.packet)
+    barred = quarantined(state.conduct, state.round + 1)
+    one = Round(strategy, plan.asking, plan.session, state, transport, seen, observer.packet, frozenset(barred))
     after, measures = _aggregate(strategy, plan, state, updates_of(one), seen)
     total = time.perf_counter() - started
     seen.clients.sort(key=lambda client: client["partition"])
@@ -106,12 +114,16 @@ def step(
         "evaluation": None,
         "client_evaluation": None,
         **({"surplus": sorted(set(seen.surplus))} if seen.surplus else {}),
+        **({"quarantined": {str(partition): why for partition, why in barred.items()}} if barred else {}),
         **measures,
     }
     holdings = _holdings(state, seen)
     known = {after.round, *(holding.round for holding in holdings.values())}
     drift = residuals.forget(after.drift, known)
-    return replace(after, holdings=holdings, drift=drift, awaited=dict(sorted(seen.awaited.items()))), record
+    offences = (Offence(failed["partition"], failed["kind"], failed["reason"]) for failed in seen.failures)
+    conduct = noted(plan.budget, state.conduct, after.round, offences)
+    awaited = dict(sorted(seen.awaited.items()))
+    return replace(after, holdings=holdings, drift=drift, awaited=awaited, conduct=conduct), record
 
 
 def run(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedpeft.adapters import AdapterSpec, AdapterState, Tensors
+from fedpeft.quarantine import Conduct
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class ServerState:
     optimiser's tensors, `progress` what early stopping remembers. `drift` and `holdings` (by partition) say who
     has which part of the adapter's residual. `control` is the mean of the clients' control variates. `awaited` are
     those that were asked in the last round and have not answered yet, and the ranks that they were asked for.
+    `conduct` says of those who have failed how often and who must not be asked.
     """
 
     run: str
@@ -76,3 +78,4 @@ class ServerState:
     holdings: Mapping[int, Holding] = field(default_factory=dict)
     control: Tensors = field(default_factory=dict)
     awaited: Mapping[int, int] = field(default_factory=dict)
+    conduct: Mapping[int, Conduct] = field(default_factory=dict)

@@ -16,7 +16,7 @@ MOST_LINES = 400
 
 GROUND = {"errors", "version", "randomness", "files"}
 ADAPTERS = GROUND | {"adapters"}
-UPDATES = ADAPTERS | {"updates"}
+UPDATES = ADAPTERS | {"quarantine", "updates"}
 MECHANISMS = {"stages", "codecs", "merges", "privacy", "optimizers"}
 CONFIG = UPDATES | MECHANISMS | {"config"}
 STRATEGY = CONFIG | {"strategy"}
@@ -35,9 +35,10 @@ ROOMS: dict[str, set[str]] = {
     "version": set(),
     "randomness": set(),
     "files": {"errors"},
+    "quarantine": {"errors"},
     "supervision": {"errors"},
     "adapters": GROUND,
-    "updates": ADAPTERS,
+    "updates": ADAPTERS | {"quarantine"},
     **dict.fromkeys(sorted(MECHANISMS), UPDATES),
     "config": UPDATES | MECHANISMS,
     "residuals": UPDATES | {"merges"},
@@ -116,7 +117,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "starlette": ("engines/flower*",),
     "ray": ("engines/ray*",),
     "matplotlib": ("report",),
-    "cryptography": ("commands/doctor_server",),
+    "cryptography": ("commands/doctor_server", "engines/flower_node"),
     "typer": ("cli", "commands"),
     "rich": ("commands", "progress"),
     "tomli_w": ("config",),
@@ -129,7 +130,13 @@ COMMANDS = {"fedpeft.engines", "fedpeft.cli", "fedpeft.errors", "fedpeft.supervi
 # What the folders beside fedpeft may import of this project; `simulations` may also import any library.
 APPS: dict[str, set[str]] = {
     "clients": {"clients", *COMMANDS, "fedpeft.assets", "fedpeft.config"},
-    "server": {"server", *COMMANDS, "fedpeft.files", "cryptography", "tomli_w"},
+    "server": {
+        "server",
+        *COMMANDS,
+        "cryptography",
+        "tomli_w",
+        *(f"fedpeft.{room}" for room in ("checkpoint", "files", "journal", "runs")),
+    },
     "simulations": {"simulations", "clients", "server", "fedpeft"},
 }
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -115,8 +115,8 @@ def raising(error: Exception, spec: AdapterSpec = SPEC) -> Toy:
     ("error", "reason"),
     [
         (DataError("rows: expected some, found none; give some."), "rows: expected some, found none; give some."),
-        (RuntimeError("out of memory"), "RuntimeError: out of memory"),
-        (KeyError("x"), "KeyError: 'x'"),
+        (RuntimeError("a row of the site"), "RuntimeError; the node's log says more"),
+        (KeyError("x"), "KeyError; the node's log says more"),
     ],
 )
 def test_what_goes_wrong_is_told_and_memory_stays(error: Exception, reason: str) -> None:

@@ -14,6 +14,7 @@ from fedpeft import checkpoint, gathering, rounds
 from fedpeft.client import handle
 from fedpeft.errors import QuorumError
 from fedpeft.gathering import cohort_of
+from fedpeft.quarantine import Budget
 from fedpeft.rounds import step
 from fedpeft.updates import Memory, ServerState
 from fedpeft.wire import Failure, Packet
@@ -82,7 +83,7 @@ def test_who_failed_is_asked_again_and_the_round_is_the_same_to_the_bit() -> Non
     assert nodes.asked == [(0, 1), (1,), (1,)]
     assert bits(after) == bits(calm)
     assert [client["partition"] for client in record["clients"]] == [0, 1]
-    assert record["failures"] == [{"partition": 1, "reason": "the line went dead"}] * 2
+    assert record["failures"] == [{"partition": 1, "kind": "absent", "reason": "the line went dead"}] * 2
     assert told == [(1, 0, True), (1, 1, False), (1, 1, False), (1, 1, True)]
     assert record["bytes_down"] == record["clients"][0]["bytes_down"] + record["clients"][1]["bytes_down"]
     assert record["clients"][1]["bytes_down"] == 3 * record["clients"][0]["bytes_down"]
@@ -105,7 +106,7 @@ def test_retries_come_to_an_end() -> None:
 def test_a_node_that_never_answers_is_a_failure_of_each_try() -> None:
     nodes = Nodes(2, lambda partition, time, packet: None if partition else honest_answer(partition, packet))
     _, record = step(strategy(), replace(plan(quorum=1, clients=2), spare=0, carry=True), state(), nodes, nobody())
-    assert record["failures"] == [{"partition": 1, "reason": "no answer within the deadline"}]
+    assert record["failures"] == [{"partition": 1, "kind": "absent", "reason": "no answer within the deadline"}]
 
 
 @pytest.mark.parametrize("arrivals", [(2, 0, 1), (0, 2, 1)])
@@ -211,3 +212,48 @@ def test_retries_and_spares_go_through_a_whole_run() -> None:
     made = plan(clients=3, cohort=2, quorum=2, spare=1, retries=1, rounds=3)
     final, stopped = rounds.run(strategy(), made, state(), nodes, evaluate, nobody())
     assert (final.round, stopped) == (3, "completed")
+
+
+def lying(partition: int, time: int, packet: Packet) -> Packet:
+    """Partition 1 answers for another round."""
+    true = honest_answer(partition, packet)
+    return replace(true, manifest={**true.manifest, "round": 99}) if partition == 1 else true
+
+
+def test_a_node_that_sends_nonsense_is_not_asked_for_a_while_and_a_resumed_run_remembers(
+    tmp_path: Path,
+) -> None:
+    made = plan(clients=2, cohort=2, quorum=1, budget=Budget(most=2, window=5, rest=3))
+    at, asked, barred = state(), [], []
+    for _ in range(8):
+        nodes = Nodes(2, lying)
+        at, record = step(strategy(), made, at, nodes, nobody())
+        asked.append(nodes.asked[0])
+        barred.append(record.get("quarantined", {}))
+        checkpoint.save(tmp_path, at)
+        assert checkpoint.load(tmp_path).conduct == at.conduct
+    assert asked == [(0, 1), (0, 1), (0,), (0,), (0,), (0, 1), (0, 1), (0,)]
+    assert [set(one) for one in barred] == [set(), set(), {"1"}, {"1"}, {"1"}, set(), set(), {"1"}]
+    assert "barred for the first time, up to round 5; its last failure: packet 'update', field round" in barred[2]["1"]
+    assert "barred for the 2. time, up to round 13" in barred[7]["1"]
+
+
+def test_a_node_that_is_merely_away_is_asked_again_and_again() -> None:
+    made, at = plan(clients=2, cohort=2, quorum=1, budget=Budget(most=1)), state()
+    for _ in range(5):
+        nodes = Nodes(2, failing((1, 1)))
+        at, _ = step(strategy(), made, at, nodes, nobody())
+        assert nodes.asked == [(0, 1)]
+    assert at.conduct == {}
+
+
+def test_a_claim_of_more_examples_than_there_can_be_is_refused() -> None:
+    def boasts(partition: int, time: int, packet: Packet) -> Packet:
+        true = honest_answer(partition, packet)
+        return replace(true, manifest={**true.manifest, "examples": 10**9}) if partition else true
+
+    honest_alone, _ = step(strategy(), plan(cohort=1), state(), Nodes(1), nobody())
+    after, record = step(strategy(), plan(clients=2, most_examples=100), state(), Nodes(2, boasts), nobody())
+    assert bits(after) == bits(honest_alone)
+    assert "examples: expected at most 100, found 1000000000" in record["failures"][0]["reason"]
+    assert record["failures"][0]["kind"] == "refused"

@@ -14,6 +14,7 @@ from fedpeft.strategy import Strategy, build
 from fedpeft.updates import Update
 from fedpeft.wire import (
     MOST_EXAMPLES,
+    MOST_MAGNITUDE,
     Packet,
     fit_reply,
     read_metrics,
@@ -24,7 +25,7 @@ from fedpeft.wire import (
 from tests.toys import CONFIG, RUN, SESSION, SPEC, WIDE, counted, flat, honest, parts, strategy, update
 
 EXPECTED = {**SESSION.manifest(1), "partition": 0}
-values = st.floats(width=32, allow_nan=False, allow_infinity=False)
+values = st.floats(-MOST_MAGNITUDE, MOST_MAGNITUDE, width=32)
 
 
 def reply(body: bytes | None = None, kind: str = "update", **changes: Any) -> Packet:

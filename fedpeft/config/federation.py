@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedpeft.config.fields import Choice, Table, choice, require, require_range
 
@@ -56,6 +56,25 @@ RANKS = Table("rule", {"equal": Equal, "listed": Listed, "declared": Declared, "
 
 
 @dataclass(frozen=True)
+class FailuresConfig:
+    """How much a site may fail before it is not asked for a while.
+
+    Where the failures of the last `window` rounds weigh `budget` or more (0: no site is ever barred), the site is
+    barred for `rest` rounds, the second time for twice as many, and so on. An answer that is refused weighs 1, a
+    failure that the site admits 0.5, and no answer at all nothing.
+    """
+
+    budget: int = 3
+    window: int = 10
+    rest: int = 20
+
+    def __post_init__(self) -> None:
+        require_range(self, "budget", 0, 10_000)
+        require_range(self, "window", 1, 10_000)
+        require_range(self, "rest", 1, 100_000)
+
+
+@dataclass(frozen=True)
 class FederationConfig:
     """Who takes part: `cohort` of `clients` sites each round.
 
@@ -63,7 +82,9 @@ class FederationConfig:
     that have not answered are asked again, up to `retries` times. `spare` sites more than the cohort are asked, and the
     first `cohort` to answer are taken. A round waits `wait_seconds` for all whom it would ask to be connected, and
     up to the deadline for as many as the quorum. What comes after a round is over is dropped, or with `late = "carry"`
-    taken into the next, at a weight of 1/√2. An update whose norm is above `most_update_norm` (0: no bound) is refused.
+    taken into the next, at a weight of 1/√2. An update whose norm is above `most_update_norm` (0: no bound) is refused,
+    and so is one that claims more than `most_examples` (0: no bound), because what a site says of its rows weighs its
+    update and cannot be checked. `failures` says when a site that keeps failing is not asked for a while.
     `ranks` says which rank each site trains at.
     """
 
@@ -76,7 +97,9 @@ class FederationConfig:
     wait_seconds: float = 0.0
     late: str = "drop"
     most_update_norm: float = 0.0
+    most_examples: int = 0
     ranks: Choice = choice(RANKS, "equal")
+    failures: FailuresConfig = field(default_factory=FailuresConfig)
 
     def __post_init__(self) -> None:
         require_range(self, "clients", 1)
@@ -95,3 +118,4 @@ class FederationConfig:
         require(self.late in ("drop", "carry"), "late", expected="drop or carry", found=self.late)
         require(self.deadline_seconds > 0, "deadline_seconds", expected="above 0", found=self.deadline_seconds)
         require_range(self, "most_update_norm", 0.0)
+        require_range(self, "most_examples", 0, 10**9)

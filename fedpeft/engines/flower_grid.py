@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedpeft.config import RunConfig, to_flat
 from fedpeft.engines.flower_messages import to_packet, to_records
 from fedpeft.errors import FederationError, FedPeftError, PacketError, sentence
+from fedpeft.quarantine import ABSENT, FAILED, REFUSED
 from fedpeft.version import VERSION
 from fedpeft.wire import Failure, Packet
 
@@ -28,9 +30,13 @@ _TYPES = {
     "describe": MessageType.QUERY,
     INTRODUCE: MessageType.QUERY,
 }
+_CRASHES = (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, ErrorCode.LOAD_CLIENT_APP_EXCEPTION)
 _QUESTION_SECONDS = 120.0
 _ASK_AGAIN_SECONDS = 30.0
 _LEAST_PAUSE_SECONDS, _MOST_PAUSE_SECONDS = 0.02, 0.5
+
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError)
+"""What Flower raises for a message that is not what it should be."""
 
 _logger = logging.getLogger(__name__)
 
@@ -110,7 +116,7 @@ class GridTransport:
             yield partition, Failure("its message could not be handed to Flower")
         try:
             for message_id, reply in self._replies(waiting, deadline):
-                yield waiting.pop(message_id), _read(reply)
+                yield waiting.pop(message_id), reply
         finally:
             self._late = dict(waiting)
         for partition in waiting.values():
@@ -118,18 +124,35 @@ class GridTransport:
 
     def late(self) -> Iterator[tuple[int, Packet | Failure]]:
         """See Transport."""
-        found = self._grid.pull_messages(list(self._late)) if self._late else ()
-        for reply in found:
-            partition = self._late.pop(reply.metadata.reply_to_message_id, None)
+        for message_id, reply in self._pull(list(self._late)):
+            partition = self._late.pop(message_id, None)
             if partition is not None:
-                yield partition, _read(reply)
+                yield partition, reply
 
-    def _replies(self, waiting: Mapping[str, int], deadline: float) -> Iterator[tuple[str, Message]]:
+    def _pull(self, message_ids: list[str]) -> Iterator[tuple[str, Packet | Failure]]:
+        """What has come in answer to these messages, by their ids; of what Flower cannot read, that it cannot.
+
+        Flower raises for all that it was asked for together, so after an error it is asked for them one by one.
+        """
+        try:
+            found = list(self._grid.pull_messages(message_ids)) if message_ids else []
+        except _MALFORMED as error:
+            if len(message_ids) > 1:
+                for message_id in message_ids:
+                    yield from self._pull([message_id])
+            else:
+                _logger.warning("an answer cannot be read: %s", type(error).__name__)
+                yield message_ids[0], Failure("its answer cannot be read", REFUSED)
+            return
+        for reply in found:
+            yield reply.metadata.reply_to_message_id, _read(reply)
+
+    def _replies(self, waiting: Mapping[str, int], deadline: float) -> Iterator[tuple[str, Packet | Failure]]:
         """Replies to the messages in `waiting`, until it is empty or the deadline has passed."""
         pause = _LEAST_PAUSE_SECONDS
         while waiting and time.monotonic() < deadline:
             self._check()
-            replies = {reply.metadata.reply_to_message_id: reply for reply in self._grid.pull_messages(list(waiting))}
+            replies = dict(self._pull(list(waiting)))
             known = {message_id: reply for message_id, reply in replies.items() if message_id in waiting}
             yield from known.items()
             pause = _LEAST_PAUSE_SECONDS if known else min(_MOST_PAUSE_SECONDS, 1.5 * pause)
@@ -181,13 +204,12 @@ class GridTransport:
         expired = time.monotonic() - 2 * _QUESTION_SECONDS
         self._questions = {key: value for key, value in self._questions.items() if value.asked_at > expired}
         waiting = [message_id for message_id, question in self._questions.items() if question.open]
-        for reply in self._grid.pull_messages(waiting) if waiting else ():
-            message_id = reply.metadata.reply_to_message_id
+        for message_id, reply in self._pull(waiting):
             question = self._questions.get(message_id)
             if question is None:
                 continue
             try:
-                self._claims[question.node] = self._claim(_require_introduction(_read(reply)), question.node)
+                self._claims[question.node] = self._claim(_require_introduction(reply), question.node)
                 del self._questions[message_id]
             except FedPeftError as error:
                 _logger.warning("node %d: %s", question.node, error)
@@ -240,8 +262,9 @@ def _read(reply: Message) -> Packet | Failure:
     """What a reply holds; an error of Flower's is a failure."""
     if reply.has_error():
         reason = " ".join(str(reply.error.reason or "no reason given").split())
-        return Failure(f"{reason[:500]} (Flower's error {reply.error.code})")
+        kind = FAILED if reply.error.code in _CRASHES else ABSENT
+        return Failure(f"{reason[:500]} (Flower's error {reply.error.code})", kind)
     try:
         return to_packet(reply.content)
     except PacketError as error:
-        return Failure(str(error))
+        return Failure(str(error), REFUSED)

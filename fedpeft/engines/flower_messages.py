@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, Recor
 
 from fedpeft.config import RunConfig, from_flat
 from fedpeft.errors import PacketError, sentence
-from fedpeft.wire import Packet, Scalar
+from fedpeft.wire import Packet, Scalar, shown
 
 STYPE = "fedpeft.raw/v1"
 """Flower's name for how the payload's bytes are laid out: as they are."""
@@ -21,6 +21,14 @@ STYPE = "fedpeft.raw/v1"
 _PACKET, _PAYLOAD, _SETTINGS = "packet", "payload", "settings"
 _KIND, _BODY = "kind", "body"
 _PREFIX = "manifest."
+
+MOST_FIELDS: Mapping[str, int] = {_PACKET: 256, _SETTINGS: 8192}
+"""The most scalars of each record."""
+
+MOST_KEY_CHARACTERS, MOST_TEXT_CHARACTERS = 256, 65_536
+"""The longest key and the longest text of a record; a request's ranks are a text of up to eight characters a module."""
+
+_LEAST_INTEGER, _MOST_INTEGER = -(2**63), 2**64 - 1
 
 
 def to_records(packet: Packet, settings: Mapping[str, Scalar] | None = None) -> RecordDict:
@@ -38,18 +46,19 @@ def to_packet(records: RecordDict) -> Packet:
     """The packet that `records` carry.
 
     Raises:
-        PacketError: a record is missing, unknown or of another kind, a value is not a scalar, or the payload
-            is not one flat array of as many bytes as it says.
+        PacketError: a record is missing, unknown or of another kind, it has too many values or one that is not a
+            scalar, is too long, or is more than 64 bits hold, or the payload is not one flat array of as many bytes as
+            it says.
     """
     unknown = records.keys() - {_PACKET, _PAYLOAD, _SETTINGS}
     _require(not unknown, "records", f"{_PACKET}, {_PAYLOAD} and {_SETTINGS}", f"{len(unknown)} more")
     scalars = _scalars(records, _PACKET)
     kind = scalars.pop(_KIND, None)
-    _require(isinstance(kind, str), f"{_PACKET}, {_KIND}", "a text", type(kind).__name__)
+    kind = _text(kind, MOST_KEY_CHARACTERS, f"{_PACKET}, {_KIND}")
     odd = [key for key in scalars if not key.startswith(_PREFIX)]
     _require(not odd, f"{_PACKET} record", f"keys that begin with {_PREFIX}", repr(odd[:1])[:80])
     manifest = {key.removeprefix(_PREFIX): value for key, value in scalars.items()}
-    return Packet(str(kind), manifest, _body(records))
+    return Packet(kind, manifest, _body(records))
 
 
 def to_settings(records: RecordDict) -> RunConfig:
@@ -71,12 +80,34 @@ def _scalars(records: RecordDict, name: str) -> dict[str, Scalar]:
     record = records.get(name)
     if not isinstance(record, ConfigRecord):
         raise _refusal(f"{name} record", "a ConfigRecord", "none" if record is None else type(record).__name__)
-    scalars: dict[str, Scalar] = {}
-    for key, value in record.items():
-        if not isinstance(value, bool | int | float | str):
-            raise _refusal(f"{name} record, {key[:80]}", "a scalar", type(value).__name__)
-        scalars[key] = value
-    return scalars
+    _require(
+        len(record) <= MOST_FIELDS[name], f"{name} record", f"at most {MOST_FIELDS[name]} values", str(len(record))
+    )
+    return {_text(key, MOST_KEY_CHARACTERS, f"{name} record, a key"): _scalar(name, key, record[key]) for key in record}
+
+
+def _scalar(name: str, key: str, value: ConfigRecordValues) -> Scalar:
+    place = f"{name} record, {shown(key)[1:-1]}"
+    if isinstance(value, str):
+        return _text(value, MOST_TEXT_CHARACTERS, place)
+    if not isinstance(value, bool | int | float):
+        raise _refusal(place, "a scalar", type(value).__name__)
+    _require(
+        isinstance(value, float) or _LEAST_INTEGER <= value <= _MOST_INTEGER, place, "64 bits at most", shown(value)
+    )
+    return value
+
+
+def _text(value: object, most: int, place: str) -> str:
+    """`value`, which is a text of at most `most` characters that UTF-8 can write."""
+    if not isinstance(value, str):
+        raise _refusal(place, "a text", type(value).__name__)
+    _require(len(value) <= most, place, f"at most {most} characters", str(len(value)))
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _refusal(place, "a text in Unicode", "half a surrogate pair") from error
+    return value
 
 
 def _body(records: RecordDict) -> bytes:
@@ -85,9 +116,11 @@ def _body(records: RecordDict) -> bytes:
         raise _refusal(f"{_PAYLOAD} record", "an ArrayRecord", "none" if record is None else type(record).__name__)
     _require(list(record) == [_BODY], f"{_PAYLOAD} record", f"one array named {_BODY}", f"{len(record)} arrays")
     array = record[_BODY]
-    _require(array.stype == STYPE, f"{_PAYLOAD} layout", STYPE, repr(array.stype)[:80])
-    said = (array.dtype, tuple(array.shape))
-    _require(said == ("uint8", (len(array.data),)), f"{_PAYLOAD} shape", f"{len(array.data)} bytes", repr(said)[:80])
+    _require(array.stype == STYPE, f"{_PAYLOAD} layout", STYPE, shown(array.stype))
+    size = len(array.data)
+    fits = len(array.shape) == 1 and type(array.shape[0]) is int and array.shape[0] == size
+    said = f"{shown(array.dtype)} of {len(array.shape)} axes, {shown(array.shape[0]) if array.shape else 'no'} bytes"
+    _require(fits and array.dtype == "uint8", f"{_PAYLOAD} shape", f"{size} bytes", said)
     return bytes(array.data)
 
 

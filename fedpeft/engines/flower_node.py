@@ -38,10 +38,14 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_connection import http_request_response
 
 from fedpeft.config.node import NodeConfig
+from fedpeft.engines.flower_guard import guard
 from fedpeft.errors import ConfigError, sentence
 
 POLL_SECONDS = 0.2
 """How long the node waits before it asks again whether there is a message."""
+
+_MOST_BYTES = 8 * 10**9
+"""The greatest array that is read where the node's file has no bound on memory."""
 
 _ERROR_SECONDS = 2.0
 """How long it waits after something that went wrong, so that a server that is ill is not asked all the time."""
@@ -81,6 +85,7 @@ def serve(node: NodeConfig, app: ClientApp) -> None:
         ConfigError: the node's key cannot be read.
         SystemExit: the server cannot be reached, or does not take this node; Flower says why.
     """
+    guard(int(node.limits.memory_gigabytes * 10**9) or _MOST_BYTES)
     with _stoppable(), connected(node) as uplink:
         _logger.info("connected as node %d", uplink.node)
         try:

@@ -15,11 +15,15 @@ from flwr.serverapp import Grid, ServerApp
 from fedpeft.config import RunConfig, load
 from fedpeft.config.observation import ObservationConfig
 from fedpeft.engines.flower_grid import GridTransport
+from fedpeft.engines.flower_guard import guard
 from fedpeft.errors import ConfigError, FedPeftError, sentence
-from fedpeft.experiment import resolve
+from fedpeft.experiment import adapted_model, resolve, strategy_of
 from fedpeft.federate import federate
 from fedpeft.logs import speak_through
 from fedpeft.runs import RunFolder, folder_for, reopen
+
+_MOST_ADAPTERS = 2
+"""An answer is an adapter's change and at most a control variate as large."""
 
 _logger = logging.getLogger(__name__)
 
@@ -70,6 +74,7 @@ def _serve(grid: Grid, asked: Mapping[str, Any], root: Path) -> None:
     folder, config, resume = planned(asked, root)
     speak_through(logging.getLogger("flwr"), config.observation.log_format)
     _logger.info("the run folder is %s", folder.root)
+    guard(_MOST_ADAPTERS * strategy_of(config).codec.size(adapted_model(config).spec))
     transport = GridTransport(grid, replace(config, observation=ObservationConfig()))
     transport.wait_for(config.federation.clients, config.federation.deadline_seconds)
     federate(config, folder, transport, engine="flower", resume=resume)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from fedpeft.client import Site, handle
 from fedpeft.memory import MemoryStore
-from fedpeft.wire import Failure, Packet
+from fedpeft.wire import Failure, Packet, require_addressed
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,14 @@ class LocalTransport:
 
 
 def answer(packet: Packet, site: Site, memories: MemoryStore) -> Packet:
-    """The client's reply, with its memory read before and kept after, and its seconds noted."""
+    """The client's reply, with its memory read before and kept after, and its seconds noted.
+
+    Raises:
+        PacketError: the packet does not say of which run and round it is.
+        CheckpointError: the memory cannot be read or written.
+    """
     started = time.perf_counter()
+    require_addressed(packet)
     run, round_ = str(packet.manifest["run"]), int(packet.manifest["round"])
     trains = packet.kind == "fit"
     memory = memories.load(run, site.partition, round_ + 1 if packet.kind == "evaluate" else round_)

@@ -6,6 +6,7 @@ import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -23,6 +24,7 @@ from fedpeft.config import RunConfig, override
 from fedpeft.engines.flower_grid import GridTransport
 from fedpeft.engines.flower_messages import to_packet, to_records, to_settings
 from fedpeft.errors import FederationError
+from fedpeft.quarantine import REFUSED
 from fedpeft.version import VERSION
 from fedpeft.wire import Failure, Packet
 
@@ -183,6 +185,36 @@ def test_an_exchange_that_is_closed_early_leaves_the_rest_to_come_late(federatio
     replies.close()  # type: ignore[attr-defined]
     federation.reply(nodes[0], echo)
     assert [partition for partition, _ in transport.late()] == [0]
+
+
+def test_an_answer_that_flower_cannot_read_is_the_failure_of_one_node(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes: dict[int, Answer] = {}
+
+    def play() -> None:
+        for node, answer in nodes.items():
+            federation.reply(node, answer)
+
+    transport = GridTransport(federation.grid, CONFIG, play)
+    for partition in range(2):
+        nodes = {federation.connect(): introduces(partition)}
+        transport.partitions()
+        transport.partitions()
+    nodes = dict.fromkeys(federation.grid.get_node_ids(), echo)
+    pull, broken = federation.grid.pull_messages, []
+
+    def pulled(message_ids: list[str]) -> Any:
+        broken.extend(message_ids[:1] if not broken else [])
+        if broken[0] in message_ids:
+            raise ValueError("a message that is nested too deep")
+        return pull(message_ids)
+
+    monkeypatch.setattr(federation.grid, "pull_messages", pulled)
+    request = Packet("fit", {"round": 1})
+    replies = dict(transport.exchange(dict.fromkeys((0, 1), request), 5.0))
+    assert sorted(type(reply).__name__ for reply in replies.values()) == ["Failure", "Packet"]
+    assert Failure("its answer cannot be read", REFUSED) in replies.values()
 
 
 def test_an_exchange_yields_one_item_for_each_request(federation: Federation) -> None:
