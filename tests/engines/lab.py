@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedpeft.assets import cache_folder
+from fedpeft.assets import ASSETS, cache_folder, home_of
 from tests.engines import processes
 from tests.engines.conftest import ROOT, SHRUNK
 
@@ -56,8 +56,10 @@ def lab_in(folder: Path) -> Lab:
     shutil.copy(ROOT / "pyproject.toml", folder / "app")
     cache = folder / "cache"
     cache.mkdir()
-    for asset in cache_folder().iterdir():
-        (cache / asset.name).symlink_to(asset)
+    # Assets alone: what nodes keep stands beside them, and is not to be shared with whoever else uses that cache.
+    for home in (home_of(asset, cache_folder()) for asset in ASSETS.values()):
+        if home.is_dir():
+            (cache / home.name).symlink_to(home)
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     env |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}",
