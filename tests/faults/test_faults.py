@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -133,6 +134,20 @@ def calm(world: World) -> Path:
     out = world.federation.lab.root / "calm"
     assert "cut off" not in world.run(out)
     return out
+
+
+def test_nodes_that_stay_warm_give_the_bytes_of_the_in_process_engine(
+    calm: Path, in_process: Callable[..., bytes]
+) -> None:
+    assert adapter(calm) == in_process(*PATIENT)
+
+
+def test_a_node_that_stays_warm_loads_the_base_once(world: World, calm: Path) -> None:
+    for name in NODES:
+        found = re.findall(r"round (\d+): ([\d.]+) s of work", world.federation.log(name).read_text(errors="replace"))
+        work = {int(number): float(seconds) for number, seconds in found[: ROUNDS + 1]}
+        assert set(work) == set(range(ROUNDS + 1))
+        assert max(work[number] for number in range(2, ROUNDS + 1)) < work[1], "only the first round loads the base"
 
 
 def kill_node(world: World) -> None:
