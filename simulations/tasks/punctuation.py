@@ -28,11 +28,12 @@ _WORD = re.compile(r"([^\W_][\w'’&-]*)([,.?!]?)")
 def main(
     out: Annotated[Path, typer.Argument(help="The JSON Lines file to write.")],
     least_words: Annotated[int, typer.Option(min=1, help="Shorter sentences are left out.")] = 8,
+    most_words: Annotated[int, typer.Option(min=1, help="Longer ones too: what is learned is never cut.")] = 32,
 ) -> None:
     """Write a row of words, tags and group for each sentence that has a mark in it."""
     lines = assets.rows_path("sentiment").read_text(encoding="utf-8").splitlines()
     rows = [{**tagged(row["text"]), "group": row["group"]} for row in map(json.loads, lines)]
-    kept = [row for row in rows if len(row["words"]) >= least_words and set(row["tags"]) - {"O"}]
+    kept = [row for row in rows if least_words <= len(row["words"]) <= most_words and set(row["tags"]) - {"O"}]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
     typer.echo(f"{len(kept)} sentences of {len({row['group'] for row in kept})} kinds: {out}")
