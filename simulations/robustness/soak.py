@@ -2,28 +2,33 @@
 
     python -m simulations.robustness.soak --kills 200
 
-Every life of the run is a process of its own, which is killed (SIGKILL: no farewell) after a time that is drawn
-uniformly over what an undisturbed run takes once it works. A run that comes to its end is compared with one that was
-never killed: the adapter must be the same to the bit, and no round that was on record may be lost or done otherwise.
+Every life of the run is a process of its own, split off from one that has loaded the libraries and the base, and
+killed (SIGKILL: no farewell) after a time that is drawn uniformly over what an undisturbed run takes once it works. A
+run that comes to its end is compared with one that was never killed: the adapter must be the same to the bit, and no
+round that was on record may be lost or done otherwise.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
+import signal
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from fedpeft import journal
+from fedpeft import cli, journal
 from fedpeft.cli import script
+from fedpeft.config import load
 from fedpeft.errors import FederationError, sentence
+from fedpeft.experiment import adapted_model, check_plan, resolve
 from fedpeft.randomness import rng
+from fedpeft.training import use_threads
 
 SETTINGS = Path(__file__).parent.parent / "demo.toml"
 SHORT = (
@@ -63,6 +68,8 @@ def main(
     """Kill runs until there are as many kills as asked for; the first run that ends otherwise ends this."""
     overrides = (*SHORT, *(set_ or ()))
     calm = out / "calm"
+    out.mkdir(parents=True, exist_ok=True)
+    _warm(overrides)
     began = time.monotonic()
     if not (calm / "adapter").exists():
         _life(calm, overrides, None)
@@ -85,38 +92,58 @@ def main(
     typer.echo(text)
 
 
+def _warm(overrides: Sequence[str]) -> None:
+    """Every life is split off from this process, so what is loaded here is loaded once."""
+    config = resolve(load(SETTINGS, overrides))
+    use_threads(config.compute.threads)
+    check_plan(config, adapted_model(config))
+
+
 def _life(folder: Path, overrides: Sequence[str], seconds: float | None) -> bool:
     """Whether one life of the run in `folder` came to its end, and not to the `seconds` of work that it was given.
 
     Raises:
         FederationError: it ended by itself, and not well.
     """
-    command = [sys.executable, "-m", "fedpeft", "simulate"]
+    command = ["simulate", "--quiet", "--no-bounds"]
     if (folder / "config.toml").exists():
         command += ["--resume", str(folder)]
     else:
         command += [str(SETTINGS), *(word for item in (f"out={folder}", *overrides) for word in ("--set", item))]
-    written = _size(folder)
-    process = subprocess.Popen(
-        [*command, "--quiet", "--no-bounds"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    deadline, works = time.monotonic() + _LIFE_SECONDS, None
-    while process.poll() is None and time.monotonic() < deadline:
+    written, words = _size(folder), folder.with_suffix(".log")
+    child = os.fork()
+    if child == 0:
+        _simulate(command, words)
+    deadline, works, status = time.monotonic() + _LIFE_SECONDS, None, None
+    while status is None and time.monotonic() < deadline:
         if works is None and _size(folder) != written:
             works = time.monotonic()
         if seconds is not None and works is not None and time.monotonic() - works >= seconds:
             break
         time.sleep(_LOOK_SECONDS)
-    killed = process.poll() is None
-    if killed:
-        process.kill()
-    words = process.communicate()[1].strip().splitlines()
-    if not killed and process.returncode:
-        remedy = "keep its folder and look into it"
-        raise FederationError(
-            sentence(str(folder), expected="a run that goes on", found=str(words[-1:]), remedy=remedy)
-        )
-    return not killed
+        ended, code = os.waitpid(child, os.WNOHANG)
+        status = os.waitstatus_to_exitcode(code) if ended else None
+    if status is None:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return False
+    if status:
+        raise _unlike(folder, "a run that goes on", words.read_text(errors="replace").strip()[-300:])
+    return True
+
+
+def _simulate(command: Sequence[str], words: Path) -> NoReturn:
+    """The life of a process that was just split off: what libraries and the base take to load is there already."""
+    status = 1
+    try:
+        with words.open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+            try:
+                cli.app(list(command), standalone_mode=False)
+                status = 0
+            except BaseException as error:
+                log.write(f"{type(error).__name__}: {error}")
+    finally:
+        os._exit(status)
 
 
 def _size(folder: Path) -> int:

@@ -118,3 +118,14 @@ def test_a_request_of_another_round_is_answered_from_its_own_memory(tmp_path: Pa
     assert store.load(RUN, 0, 9).fields == {"position": 3}
     answer(Packet("fit", {**REQUEST.manifest, "round": 2}, REQUEST.body), site(0), store)
     assert store.load(RUN, 0, 3).fields == {"position": 2}
+
+
+def test_a_request_that_comes_twice_is_answered_with_the_same_bytes(tmp_path: Path) -> None:
+    # A message may be delivered again, after a crash or by a network; each try begins from the memory before its round.
+    memories = FolderMemory(tmp_path)
+    first = fit_request(strategy(), state(), SESSION, 0)
+    later = fit_request(strategy(), state(1, 1, 1, round_=1), SESSION, 0)
+    answers = [answer(packet, site(0), memories) for packet in (first, first, later, later, first)]
+    assert answers[0].body == answers[1].body == answers[4].body
+    assert answers[2].body == answers[3].body
+    assert memories.load(RUN, 0, 2).fields == {"position": 1}
