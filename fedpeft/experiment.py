@@ -21,6 +21,7 @@ from fedpeft.data.rows import DataReport, Row, Split, prepare
 from fedpeft.errors import DataError, PlanError, sentence
 from fedpeft.evaluation import evaluate, sampled
 from fedpeft.fisher import with_places
+from fedpeft.gathering import Asking
 from fedpeft.laws import check
 from fedpeft.models import AdaptedModel, install, load, most_tokens
 from fedpeft.quarantine import Budget
@@ -269,26 +270,28 @@ def test_examples(config: RunConfig) -> tuple[Encoded, ...]:
 
 def plan_of(config: RunConfig, run: str, spec: str) -> rounds.Plan:
     """The round loop's view of the settings."""
-    failures = config.federation.failures
+    federation, failures = config.federation, config.federation.failures
     return rounds.Plan(
         session=Session(run, digest(config), spec),
         rounds=config.rounds,
-        cohort=config.federation.cohort,
-        quorum=config.federation.quorum,
-        deadline_seconds=config.federation.deadline_seconds,
+        asking=Asking(
+            cohort=federation.cohort,
+            quorum=federation.quorum,
+            deadline_seconds=federation.deadline_seconds,
+            ranks=ranks_of(config),
+            clients=federation.clients,
+            spare=federation.spare,
+            retries=federation.retries,
+            wait_seconds=federation.wait_seconds,
+            carry=federation.late == "carry",
+            most_norm=federation.most_update_norm,
+            most_examples=federation.most_examples,
+        ),
         evaluate_every=config.evaluation.every,
         evaluate_on_clients=config.evaluation.on_clients,
         metric=metric_of(config),
         metric_sign=METRICS[metric_of(config)],
         patience=config.evaluation.patience,
-        ranks=ranks_of(config),
-        most_norm=config.federation.most_update_norm,
-        clients=config.federation.clients,
-        spare=config.federation.spare,
-        retries=config.federation.retries,
-        wait_seconds=config.federation.wait_seconds,
-        carry=config.federation.late == "carry",
-        most_examples=config.federation.most_examples,
         budget=Budget(failures.budget, failures.window, failures.rest),
     )
 

@@ -12,7 +12,6 @@ from fedpeft.adapters import AdapterState, greatest_rank
 from fedpeft.errors import FedPeftError, QuorumError, sentence
 from fedpeft.gathering import Asking, Record, Round, Seen, cohort_of, in_order, updates_of
 from fedpeft.quarantine import Budget, Offence, noted, quarantined
-from fedpeft.ranks import RankRule
 from fedpeft.requests import evaluate_request
 from fedpeft.strategy import Measures, Strategy
 from fedpeft.updates import Holding, ServerState, Update
@@ -30,48 +29,20 @@ NO_BUDGET = Budget(most=0.0)
 class Plan:
     """What the round loop needs to know of a run's settings.
 
-    `quorum` is the least number of usable updates. The server scores the adapter every `evaluate_every` rounds
-    (0: only at the end); after `patience` scores in a row that do not better `metric` the run stops (0: never).
-    `metric_sign` is 1 where more is better, -1 where less is. An update longer than `most_norm` (0: no bound) is
-    refused. For the others see `Asking`; a node that fails more than its `budget` is not asked for a while.
+    `asking` says who takes part in a round. The server scores the adapter every `evaluate_every` rounds (0: only at
+    the end); after `patience` scores in a row that do not better `metric` the run stops (0: never). `metric_sign` is 1
+    where more is better, -1 where less is. A node that fails more than its `budget` is not asked for a while.
     """
 
     session: Session
     rounds: int
-    cohort: int
-    quorum: int
-    deadline_seconds: float
+    asking: Asking
     evaluate_every: int
     evaluate_on_clients: bool
     metric: str
     metric_sign: int
     patience: int
-    ranks: RankRule
-    most_norm: float = 0.0
-    clients: int = 0
-    spare: int = 0
-    retries: int = 0
-    wait_seconds: float = 0.0
-    carry: bool = False
-    most_examples: int = 0
     budget: Budget = NO_BUDGET
-
-    @property
-    def asking(self) -> Asking:
-        """Who is asked in a round, and for how long."""
-        return Asking(
-            self.cohort,
-            self.quorum,
-            self.deadline_seconds,
-            self.ranks,
-            self.clients,
-            self.spare,
-            self.retries,
-            self.wait_seconds,
-            self.carry,
-            self.most_norm,
-            self.most_examples,
-        )
 
 
 @dataclass(frozen=True)
@@ -154,7 +125,7 @@ def evaluate_on_clients(
     `ranks` are those of the clients that are asked, by partition.
     """
     requests = {p: evaluate_request(strategy, state, plan.session, p, ranks[p]) for p in sorted(ranks)}
-    replies = in_order(transport.exchange(requests, plan.deadline_seconds), tuple(requests))
+    replies = in_order(transport.exchange(requests, plan.asking.deadline_seconds), tuple(requests))
     found = [_figures(plan, state, partition, reply) for partition, reply in replies]
     answers = [figures for figures in found if figures]
     if not answers:
@@ -218,7 +189,7 @@ def _aggregate(
 
 
 def _require_quorum(plan: Plan, state: ServerState, seen: Seen) -> None:
-    quorum = plan.quorum or plan.cohort
+    quorum = plan.asking.least
     if len(seen.clients) >= quorum:
         return
     reasons = "; ".join(f"partition {item['partition']}: {item['reason']}" for item in seen.failures[:3])

@@ -418,7 +418,7 @@ def test_a_missed_quorum_leaves_what_was_recorded(config: Callable[..., RunConfi
     with pytest.raises(QuorumError, match="round 1: expected at least 1 usable updates, found 0") as caught:
         begin(made)
     assert caught.value.exit_code == 1
-    assert [record["event"] for record in journal.read(Path(made.out) / "journal.jsonl")] == ["start"]
+    assert [record["event"] for record in journal.read(Path(made.out) / "journal.jsonl")] == ["start", "failed"]
     assert checkpoint.load(Path(made.out) / "checkpoint").round == 0
 
 

@@ -105,7 +105,7 @@ def test_retries_come_to_an_end() -> None:
 
 def test_a_node_that_never_answers_is_a_failure_of_each_try() -> None:
     nodes = Nodes(2, lambda partition, time, packet: None if partition else honest_answer(partition, packet))
-    _, record = step(strategy(), replace(plan(quorum=1, clients=2), spare=0, carry=True), state(), nodes, nobody())
+    _, record = step(strategy(), plan(quorum=1, clients=2, spare=0, carry=True), state(), nodes, nobody())
     assert record["failures"] == [{"partition": 1, "kind": "absent", "reason": "no answer within the deadline"}]
 
 

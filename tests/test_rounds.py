@@ -711,7 +711,7 @@ def test_new_columns_alone_go_down_to_who_answered_and_all_to_who_did_not(tmp_pa
 def test_a_node_that_lost_its_memory_fails_once_and_is_sent_everything_the_next_time(tmp_path: Path, kind: str) -> None:
     nodes, made = drifting_nodes(tmp_path)
     nodes = nodes if kind == "drifting" else replace(nodes, plan=FFA)
-    made = replace(made, cohort=2)
+    made = replace(made, asking=replace(made.asking, cohort=2))
     nodes.clients = 2
     states, _ = went(nodes, made, 2)
     shutil.rmtree(tmp_path / RUN / "partition-0")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from fedpeft.adapters import AdapterSpec, AdapterState, ModuleSpec, at_rank
 from fedpeft.client import FitJob, Fitted, Site, handle
 from fedpeft.codecs import dense
 from fedpeft.engines.local import LocalTransport
+from fedpeft.gathering import Asking
 from fedpeft.memory import FolderMemory
 from fedpeft.merges import Merge, Method, rule
 from fedpeft.optimizers import sgd
@@ -139,18 +140,18 @@ def transport(clients: int, root: Path, plan: Strategy | None = None, spec: Adap
 
 
 def plan(**changes: Any) -> rounds.Plan:
+    """A plan of two rounds and two clients with `changes` of it or of whom it asks."""
+    asking = Asking(cohort=2, quorum=1, deadline_seconds=60.0, ranks=ranks.equal())
+    asked = {item.name for item in fields(Asking)} & changes.keys()
     made = rounds.Plan(
         session=SESSION,
         rounds=2,
-        cohort=2,
-        quorum=1,
-        deadline_seconds=60.0,
+        asking=replace(asking, **{key: changes.pop(key) for key in asked}),
         evaluate_every=1,
         evaluate_on_clients=False,
         metric="accuracy",
         metric_sign=1,
         patience=0,
-        ranks=ranks.equal(),
     )
     return replace(made, **changes)
 

@@ -45,9 +45,9 @@ def test_every_rule_of_the_table_can_be_built(name: str) -> None:
 def test_the_plan_of_a_run_holds_its_ranks_and_its_bound() -> None:
     config = override(RunConfig(), ["federation.ranks=listed", "federation.most_update_norm=2.5"])
     plan = plan_of(config, "run", "spec")
-    assert plan.ranks.rank(1, {}) == 4
-    assert plan.most_norm == 2.5
-    assert plan_of(RunConfig(), "run", "spec").most_norm == 0.0
+    assert plan.asking.ranks.rank(1, {}) == 4
+    assert plan.asking.most_norm == 2.5
+    assert plan_of(RunConfig(), "run", "spec").asking.most_norm == 0.0
 
 
 @pytest.mark.parametrize("ranks", [(), (0,), (4, -1)])

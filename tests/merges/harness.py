@@ -14,6 +14,7 @@ from fedpeft.adapters import AdapterSpec, AdapterState, ModuleSpec, Tensors, abs
 from fedpeft.client import FitJob, Fitted, Site, handle
 from fedpeft.codecs import dense
 from fedpeft.config.merges import MERGES
+from fedpeft.gathering import Asking
 from fedpeft.merges import WEIGHTS, Method
 from fedpeft.merges.robust import geometric_median
 from fedpeft.optimizers import sgd
@@ -558,7 +559,8 @@ class Federation:
         session = Session(RUN, CONFIG, self.state.adapter.spec.digest)
         many = len(self.learners)
         rule = ranks.listed(self.node_ranks)
-        plan = rounds.Plan(session, 99, many, len(self.partitions()), 60.0, 0, False, "accuracy", 1, 0, rule)
+        asking = Asking(many, len(self.partitions()), 60.0, rule)
+        plan = rounds.Plan(session, 99, asking, 0, False, "accuracy", 1, 0)
         observer = rounds.Observer(lambda *_: None, lambda *_: None)
         self.state, record = rounds.step(self.strategy, plan, self.state, self, observer)
         return record
