@@ -199,7 +199,7 @@ def reboot(world: World) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[World], None], bool]] = {
-    "network cut": (cut_network, False),
+    "network cut": (cut_network, True),
     "slow node": (slow_node, True),
     "server app killed": (kill_server_app, False),
     "node killed": (kill_node, True),
