@@ -59,7 +59,7 @@ $(STAMP):
 	@if ! command -v nvidia-smi >/dev/null && $(BIN)/python -W ignore -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
 		$(SAY) "This PyTorch carries CUDA, which no GPU here can use; it works. For the smaller build: 'make help', TORCH_INDEX"; fi
 	@$(SAY) "Installing fedpeft and the libraries that constraints.txt pins"
-	@$(PIP) --editable '.[simulation,data,vision,quantised,monitoring,dev]'
+	@$(PIP) --editable '.[simulation,data,vision,quantised,monitoring,privacy,dev]'
 	@rm -f .venv/.installed-* && touch $@
 
 assets: $(STAMP)

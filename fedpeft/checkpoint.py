@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from fedpeft import quarantine
 from fedpeft.adapters import AdapterState, spec_from_fields, spec_to_fields
 from fedpeft.errors import CheckpointError, sentence
 from fedpeft.files import encode_tensors, read_tensors, write_atomically
-from fedpeft.updates import Drift, Holding, ServerState
+from fedpeft.privacy.ledger import expense_from_fields
+from fedpeft.updates import Drift, Holding, Privacy, ServerState
 
 KEPT_CHECKPOINTS = 2
 
@@ -31,6 +33,7 @@ def save(folder: Path, state: ServerState) -> None:
     tensors |= {f"residual/{key}": value for key, value in state.adapter.residual.items()}
     tensors |= {f"optimizer/{key}": value for key, value in state.optimizer.items()}
     tensors |= {f"control/{key}": value for key, value in state.control.items()}
+    tensors |= {f"noise/{key}": value for key, value in state.privacy.noise.items()}
     fields = {
         "run": state.run,
         "round": state.round,
@@ -40,6 +43,8 @@ def save(folder: Path, state: ServerState) -> None:
         "drift": {"epoch": state.drift.epoch, "ranks": [[r, list(ranks)] for r, ranks in state.drift.ranks.items()]},
         "conduct": quarantine.to_fields(state.conduct),
         "awaited": [list(item) for item in state.awaited.items()],
+        "spent": [asdict(spent) for spent in state.privacy.history],
+        "clip_norm": state.privacy.clip_norm,
         "holdings": [[partition, have.round, have.rank] for partition, have in state.holdings.items()],
     }
     data = encode_tensors(tensors, fields)
@@ -113,6 +118,11 @@ def _decoded(path: Path) -> ServerState:
         control=_below(tensors, "control/"),
         conduct=quarantine.from_fields(fields.get("conduct", [])),
         awaited=dict(fields.get("awaited", [])),
+        privacy=Privacy(
+            tuple(expense_from_fields(spent) for spent in fields.get("spent", [])),
+            fields.get("clip_norm", 0.0),
+            _below(tensors, "noise/"),
+        ),
     )
 
 

@@ -14,6 +14,7 @@ from fedpeft.errors import FedPeftError, PacketError, sentence
 from fedpeft.merges import Pruning
 from fedpeft.pruning import pruned_spec
 from fedpeft.requests import Received, read_request
+from fedpeft.secure_client import Identity, Party, answer_phase, joining
 from fedpeft.strategy import Strategy
 from fedpeft.updates import Memory, Update
 from fedpeft.version import VERSION
@@ -78,7 +79,8 @@ class Learner(Protocol):
 class Site:
     """All that a client has of its own: its partition, the digest of its settings, its learner.
 
-    `rank` is the greatest that the node wants (0: no wish), `memory_bytes` what it has for training (0: unsaid).
+    `rank` is the greatest that the node wants (0: no wish), `memory_bytes` what it has for training (0: unsaid),
+    `least_cohort` the fewest clients in whose sum it takes part, over what the run asks for, `identity` who it is.
     """
 
     partition: int
@@ -87,6 +89,8 @@ class Site:
     learner: Learner
     rank: int = 0
     memory_bytes: int = 0
+    least_cohort: int = 0
+    identity: Identity = field(default_factory=Identity)
 
 
 def handle(packet: Packet, memory: Memory, site: Site) -> tuple[Packet, Memory]:
@@ -152,6 +156,9 @@ def _fit(packet: Packet, memory: Memory, site: Site) -> tuple[Packet, Memory]:
         {**kept.fields, "position": fitted.position, **({"rank": greatest_rank(own)} if own != adapter.spec else {})},
     )
     update, kept = strategy.stage.client(update, kept)
+    if strategy.channel:
+        shared = strategy.stage.shared(spec, round_)
+        return joining(packet, update, kept, _party(site), shared, adapter, _manifest(packet, site))
     update = replace(update, metrics={**update.metrics, "update_norm": norm(update.delta)})
     return fit_reply(strategy, update, _manifest(packet, site), greatest_rank(own)), kept
 
@@ -170,10 +177,20 @@ def _describe(packet: Packet, memory: Memory, site: Site) -> tuple[Packet, Memor
     return Packet("description", {**_manifest(packet, site), **own}), memory
 
 
+def _secure(packet: Packet, memory: Memory, site: Site) -> tuple[Packet, Memory]:
+    _agree(packet, site)
+    return answer_phase(packet, memory, _party(site), _manifest(packet, site))
+
+
+def _party(site: Site) -> Party:
+    return Party(site.partition, site.strategy.channel, site.least_cohort, site.identity)
+
+
 _HANDLERS: Mapping[str, Callable[[Packet, Memory, Site], tuple[Packet, Memory]]] = {
     "fit": _fit,
     "evaluate": _evaluate,
     "describe": _describe,
+    "secure": _secure,
 }
 
 

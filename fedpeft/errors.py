@@ -11,10 +11,13 @@ FedPeftError
 ├── CheckpointError      a checkpoint that cannot be written or read
 ├── RunFolderError       a run folder that exists already, or does not exist
 └── FederationError      a round that could not be completed
-    └── QuorumError      fewer usable updates came back than the round needs
+    ├── QuorumError      fewer usable updates came back than the round needs
+    └── RefusalError     a client that will not lend its update to what the server asks
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class FedPeftError(Exception):
@@ -70,7 +73,15 @@ class FederationError(FedPeftError):
 
 
 class QuorumError(FederationError):
-    """Fewer usable updates came back than the round needs."""
+    """Fewer usable updates came back than the round needs; `missed` is what came of it, for the journal."""
+
+    def __init__(self, text: str, missed: Mapping[str, object] | None = None) -> None:
+        super().__init__(text)
+        self.missed = dict(missed or {})
+
+
+class RefusalError(FederationError):
+    """What the server asks of a client could show more of its update than was agreed, so it goes no further."""
 
 
 def sentence(place: str, *, expected: str, found: object, remedy: str) -> str:

@@ -42,7 +42,7 @@ def round_settled(run: str, record: Record, rounds: int, metric: str) -> None:
         "failures": len(record["failures"]),
         "bytes_up": record["bytes_up"],
         "bytes_down": record["bytes_down"],
-        "seconds": record["seconds"],
+        "seconds": {phase: seconds for phase, seconds in record["seconds"].items() if phase != "nodes"},
         "held_out": None if score is None else {metric: score},
     }
     text = "round %d of %d: loss %.4f, %d updates, %d failures"

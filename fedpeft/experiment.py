@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from fedpeft import ranks, rounds
-from fedpeft.adapters import AdapterState, Family
+from fedpeft.adapters import AdapterState
 from fedpeft.bases import load_tokenizer
 from fedpeft.client import Site
-from fedpeft.config import RunConfig, choose, digest
+from fedpeft.config import Choice, RunConfig, choose, digest
 from fedpeft.config.data import DataConfig
 from fedpeft.config.federation import ByMemory, Declared, Equal, Listed
-from fedpeft.config.tasks import Head, TaskSettings
+from fedpeft.config.privacy import ExampleLevel, Promise, in_sums, settled
+from fedpeft.config.tasks import TaskSettings
 from fedpeft.config.training import METRICS, ModelConfig
 from fedpeft.data.partitions import deal, histogram
 from fedpeft.data.rows import DataReport, Row, Split, prepare
@@ -23,26 +24,17 @@ from fedpeft.evaluation import evaluate, sampled
 from fedpeft.fisher import with_places
 from fedpeft.gathering import Asking
 from fedpeft.laws import check
-from fedpeft.models import AdaptedModel, install, load, most_tokens
+from fedpeft.loaded import FamilySettings, arguments_of, loaded
+from fedpeft.models import AdaptedModel, install, most_tokens
+from fedpeft.privacy import Mechanism, Population, affordable, epsilon
+from fedpeft.privacy.examples import ExamplePrivacy
 from fedpeft.quarantine import Budget
 from fedpeft.ranks import RankRule
 from fedpeft.strategy import Parts, Strategy, build
 from fedpeft.tasks import Encoded, Sample, Task, build_task, with_labels
 from fedpeft.training import TorchLearner
+from fedpeft.updates import ServerState, Spent
 from fedpeft.wire import Session
-
-
-class FamilySettings(Protocol):
-    """Settings of an adapter family."""
-
-    def build(self) -> Family:
-        """The family that they describe."""
-        ...
-
-    def __hash__(self) -> int:
-        """Equal settings are kept once."""
-        ...
-
 
 SiteRows = Callable[[RunConfig], Sequence[Row]]
 """How a real site gets at its own rows."""
@@ -74,7 +66,16 @@ def resolve(config: RunConfig) -> RunConfig:
         config,
         task=choose(config.task.table, config.task.name, **{config.task.name: task}),
         evaluation=replace(config.evaluation, metric=metric_of(config)),
+        privacy=_settled(config),
     )
+
+
+def _settled(config: RunConfig) -> Choice:
+    """The settings of privacy with what they leave open, which for examples the smallest site decides."""
+    population = population_of(config)
+    if isinstance(config.privacy.chosen, ExampleLevel):
+        population = replace(population, rows=min(map(len, deal_rows(config).sites)))
+    return settled(config.privacy, population, config.rounds, sums=config.federation.channel.name == "secure")
 
 
 def metric_of(config: RunConfig) -> str:
@@ -110,13 +111,28 @@ def strategy_of(config: RunConfig) -> Strategy:
 def parts_of(config: RunConfig) -> Parts:
     """What the settings put a strategy together from."""
     chosen = config.aggregation
+    mechanism, channel = in_sums(config.privacy, population_of(config), config.federation.channel.chosen.build())
     return Parts(
         stage=chosen.stages.build(),
         codec=chosen.codec.chosen.build(),
         method=chosen.merge.chosen.build(),
         optimizer=chosen.optimizer.chosen.build(),
         controls=config.federation.clients if config.training.scaffold else 0,
+        mechanism=mechanism,
+        channel=channel,
     )
+
+
+def population_of(config: RunConfig) -> Population:
+    """Of whom a private round draws, and about how many."""
+    training = config.training
+    batch = training.batch_size * training.accumulation
+    return Population(config.federation.clients, config.federation.cohort, batch=batch, steps=training.steps)
+
+
+def spent_of(config: RunConfig, history: tuple[Spent, ...]) -> float | None:
+    """The ε that `history` amounts to at the settings' δ; None in a run that promises nothing."""
+    return epsilon(history, config.privacy.chosen.delta) if isinstance(config.privacy.chosen, Promise) else None
 
 
 def ranks_of(config: RunConfig) -> RankRule:
@@ -147,7 +163,8 @@ def check_plan(config: RunConfig, adapted: AdaptedModel) -> None:
         admit(adapted.model)
     least = config.federation.quorum or config.federation.cohort
     carries = config.federation.late == "carry"
-    check(parts_of(config), adapted.spec, ranks_of(config).possible, least, carries=carries)
+    spare = config.federation.spare > 0
+    check(parts_of(config), adapted.spec, ranks_of(config).possible, least, carries=carries, spare=spare)
     for key in ("max_tokens", "max_target_tokens"):
         _require_positions(config, adapted, key)
 
@@ -169,7 +186,7 @@ def _require_positions(config: RunConfig, adapted: AdaptedModel, key: str) -> No
 
 def adapted_model(config: RunConfig) -> AdaptedModel:
     """The base with the configured adapter on it; loaded once a process for the same settings."""
-    return _adapted(config.model, config.adapter.chosen, config.task.chosen.head, config.seed)
+    return loaded(*arguments_of(config))
 
 
 def start_of(config: RunConfig) -> AdapterState:
@@ -191,13 +208,13 @@ def _chosen(
     chosen = build_task(task)
     rows = _split(data, task.roles, seed).server
     return with_places(
-        _adapted(model, family, task.head, seed), chosen, chosen.encode(rows, _tokenizer(model), "rows of the server")
+        loaded(model, family, task.head, seed), chosen, chosen.encode(rows, _tokenizer(model), "rows of the server")
     )
 
 
 def release_models() -> None:
     """The models that this process keeps are let go, as far as nobody else holds them."""
-    _adapted.cache_clear()
+    loaded.cache_clear()
 
 
 def task_of(config: RunConfig) -> Task:
@@ -211,7 +228,7 @@ def site_of(
     """The client of one partition, with its rows of the simulation or its own, and the run's task or its own.
 
     Raises:
-        DataError: there are no rows, or the task cannot use one of them.
+        DataError: there are no rows, fewer than a promise was made for, or one that the task cannot use.
     """
     task = own_task(config) if own_task else task_of(config)
     if own_rows or own_task:
@@ -223,8 +240,25 @@ def site_of(
         raise DataError(
             sentence(f"partition {partition}", expected="at least one row", found="none", remedy="give this site data")
         )
-    learner = replace(learner_of(config, examples), task=task)
+    learner = replace(learner_of(config, examples), task=task, private=_private(config, len(examples), partition))
     return Site(partition, digest(config), strategy_of(config), learner)
+
+
+def _private(config: RunConfig, rows: int, partition: int) -> ExamplePrivacy | None:
+    """How the client of a partition protects its examples, of which it has `rows`."""
+    chosen = config.privacy.chosen
+    if not isinstance(chosen, ExampleLevel):
+        return None
+    if rows < chosen.rows:
+        raise DataError(
+            sentence(
+                f"rows of partition {partition}",
+                expected=f"at least {chosen.rows}, for which privacy.example makes its promise",
+                found=rows,
+                remedy="leave this site out, or set privacy.example.rows to what the smallest site has",
+            )
+        )
+    return chosen.training()
 
 
 def learner_of(config: RunConfig, examples: tuple[Encoded, ...]) -> TorchLearner:
@@ -293,7 +327,17 @@ def plan_of(config: RunConfig, run: str, spec: str) -> rounds.Plan:
         metric_sign=METRICS[metric_of(config)],
         patience=config.evaluation.patience,
         budget=Budget(failures.budget, failures.window, failures.rest),
+        affordable=_affordable(config, parts_of(config).mechanism),
     )
+
+
+def _affordable(config: RunConfig, mechanism: Mechanism | None) -> Callable[[ServerState], bool]:
+    """Whether a state can pay for one more round out of the settings' ε."""
+    promise = config.privacy.chosen
+    spent = mechanism.charge(0) if mechanism else None
+    if spent is None or not promise.epsilon:
+        return lambda state: True  # noqa: ARG005
+    return lambda state: affordable(state.privacy.history, spent, promise.epsilon, promise.delta)
 
 
 @functools.lru_cache(maxsize=4)
@@ -312,11 +356,6 @@ def _dealt(data: DataConfig, roles: tuple[str, ...], clients: int, seed: int) ->
         histograms=tuple({"partition": p, **histogram(split.train, rows)} for p, rows in enumerate(indices)),
         server=split.server,
     )
-
-
-@functools.lru_cache(maxsize=4)
-def _adapted(model: ModelConfig, family: FamilySettings, head: Head, seed: int) -> AdaptedModel:
-    return load(model, family.build(), head, seed)
 
 
 @functools.lru_cache(maxsize=2)

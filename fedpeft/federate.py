@@ -15,7 +15,7 @@ from fedpeft import checkpoint, events, journal, rounds
 from fedpeft.adapters import inexact
 from fedpeft.bounds import Bound, measure_bounds
 from fedpeft.config import RunConfig, to_flat
-from fedpeft.errors import CheckpointError, FedPeftError, RunFolderError, sentence
+from fedpeft.errors import CheckpointError, FedPeftError, QuorumError, RunFolderError, sentence
 from fedpeft.experiment import (
     adapted_model,
     check_plan,
@@ -23,17 +23,20 @@ from fedpeft.experiment import (
     evaluator_of,
     plan_of,
     samples_of,
+    spent_of,
     start_of,
     strategy_of,
     task_of,
 )
+from fedpeft.locks import held
 from fedpeft.logs import one_line
 from fedpeft.models import AdaptedModel, save_adapter
+from fedpeft.privacy import ledger
 from fedpeft.report.page import write_report
 from fedpeft.runs import RunFolder, create, write_folder, writing
 from fedpeft.sinks import Sinks, opened
 from fedpeft.training import use_threads
-from fedpeft.updates import ServerState
+from fedpeft.updates import ServerState, Spent
 from fedpeft.version import VERSION
 from fedpeft.wire import Transport
 
@@ -46,6 +49,10 @@ class Watcher:
     reply: Callable[[int, int, bool], None]
     round: Callable[[dict[str, Any]], None]
     bound: Callable[[str], None]
+
+
+Refused = Callable[[], Mapping[int, str]]
+"""Which partitions are missing because their nodes were turned away, and why."""
 
 
 def silent() -> Watcher:
@@ -62,50 +69,65 @@ def federate(
     resume: bool = False,
     bounds: tuple[Bound, ...] = (),
     watcher: Watcher | None = None,
+    refused: Refused = dict,
 ) -> list[dict[str, Any]]:
     """The journal of the run, finished; `folder` holds adapter, journal, checkpoint, settings and report.
 
     `config` must be resolved. Nothing is written before settings, data and model have been found usable.
 
     Raises:
-        FedPeftError: the plan is forbidden, a quorum was missed, the disk is full; what was recorded stays.
+        FedPeftError: the plan is forbidden, another process writes the folder, a quorum was missed, the disk is full;
+            what was recorded stays.
     """
     use_threads(config.compute.threads)
     told = watcher or silent()
     adapted = adapted_model(config)
     check_plan(config, adapted)
     strategy, evaluate = strategy_of(config), evaluator_of(config)
-    if resume and _has_begun(folder):
-        state = _resumed(folder, adapted)
-    else:
-        state = strategy.init(secrets.token_hex(8), config.seed, start_of(config))
-        _begin(folder, config, _start_record(config, adapted, engine))
-        checkpoint.save(folder.checkpoint, state)
-    with _observed(config, folder, state) as sinks:
-        told.start(journal.read(folder.journal)[0], state.round)
+    ready = None
+    if not (resume and _has_begun(folder)):
+        fresh = strategy.init(secrets.token_hex(8), config.seed, start_of(config))
+        ready = (fresh, _start_record(config, adapted, engine))
+    with held(folder.root):
+        state = _resumed(folder, adapted) if ready is None else _begin(folder, config, *ready)
+        with _observed(config, folder, state) as sinks:
+            told.start(journal.read(folder.journal)[0], state.round)
+            observer = _observer(config, folder, told, sinks, refused)
+            plan = plan_of(config, state.run, adapted.spec.digest)
+            state, stopped = rounds.run(strategy, plan, state, transport, evaluate, observer)
+            final = strategy.finalize(state)
+            write_folder(folder.adapter, lambda scratch: save_adapter(adapted, final, scratch))
+            final_evaluation = _last_evaluation(folder.journal, state.round) or evaluate(final)
+            if bounds:
+                _note(folder, {"event": "bounds", "rows": measure_bounds(config, bounds, told.bound)})
+            samples = [sample._asdict() for sample in samples_of(config, final, config.evaluation.samples)]
+            end = {**_end_record(folder.journal, adapted, stopped, final_evaluation), "samples": samples}
+            _note(folder, end)
+            events.run_ended(state.run, end)
+            sinks.end(stopped)
+            with writing(folder.root):
+                write_report(folder.root)
+            return journal.read(folder.journal)
 
-        def settle(record: rounds.Record, after: ServerState) -> None:
-            _note(folder, record)
-            checkpoint.save(folder.checkpoint, after)
-            told.round(record)
-            events.round_settled(after.run, record, config.rounds, config.evaluation.metric)
-            sinks.round(record)
 
-        plan = plan_of(config, state.run, adapted.spec.digest)
-        state, stopped = rounds.run(strategy, plan, state, transport, evaluate, rounds.Observer(told.reply, settle))
-        final = strategy.finalize(state)
-        write_folder(folder.adapter, lambda scratch: save_adapter(adapted, final, scratch))
-        final_evaluation = _last_evaluation(folder.journal, state.round) or evaluate(final)
-        if bounds:
-            _note(folder, {"event": "bounds", "rows": measure_bounds(config, bounds, told.bound)})
-        samples = [sample._asdict() for sample in samples_of(config, final, config.evaluation.samples)]
-        end = {**_end_record(folder.journal, adapted, stopped, final_evaluation), "samples": samples}
-        _note(folder, end)
-        events.run_ended(state.run, end)
-        sinks.end(stopped)
-        with writing(folder.root):
-            write_report(folder.root)
-        return journal.read(folder.journal)
+def _observer(config: RunConfig, folder: RunFolder, told: Watcher, sinks: Sinks, refused: Refused) -> rounds.Observer:
+    """Who hears of replies, of what is spent and of rounds: the folder first of all."""
+
+    def settle(record: rounds.Record, after: ServerState) -> None:
+        spent, turned_away = spent_of(config, after.privacy.history), refused()
+        beside: dict[str, Any] = {} if spent is None else {"epsilon": spent}
+        beside |= {"refused": dict(turned_away)} if turned_away else {}
+        _note(folder, {**record, "time": _now(), **beside})
+        checkpoint.save(folder.checkpoint, after)
+        told.round(record)
+        events.round_settled(after.run, record, config.rounds, config.evaluation.metric)
+        sinks.round(record)
+
+    def spend(spent: Spent) -> None:
+        with writing(folder.ledger):
+            ledger.pay(folder.ledger, spent)
+
+    return rounds.Observer(told.reply, settle, spend)
 
 
 @contextlib.contextmanager
@@ -125,9 +147,14 @@ def _observed(config: RunConfig, folder: RunFolder, state: ServerState) -> Itera
 
 
 def _note_failure(folder: RunFolder, error: BaseException) -> None:
-    """The journal ends with why the run did, unless the disk takes no more."""
+    """The journal ends with the round that missed its quorum, if one did, and why the run did.
+
+    Where the disk takes no more it does not.
+    """
     reason = one_line(str(error)) if isinstance(error, FedPeftError) else "interrupted"
     with contextlib.suppress(RunFolderError):
+        if isinstance(error, QuorumError):
+            _note(folder, {"event": "missed", "time": _now(), **error.missed})
         _note(folder, {"event": "failed", "time": _now(), "error": type(error).__name__, "reason": reason})
 
 
@@ -136,12 +163,22 @@ def _note(folder: RunFolder, record: Mapping[str, Any]) -> None:
         journal.append(folder.journal, record)
 
 
-def _begin(folder: RunFolder, config: RunConfig, record: Mapping[str, Any]) -> None:
-    """The folder holds the settings and a journal of its start alone."""
+def _begin(folder: RunFolder, config: RunConfig, state: ServerState, record: Mapping[str, Any]) -> ServerState:
+    """`state`, with which the run begins; the folder holds it, the settings and a journal of the start alone.
+
+    Raises:
+        RunFolderError: another process has begun a run there since this one looked.
+    """
+    if _has_begun(folder):
+        remedy = "continue it with --resume, or choose another folder"
+        found = "one that another process has begun meanwhile"
+        raise RunFolderError(sentence(str(folder.root), expected="no run yet", found=found, remedy=remedy))
     create(folder, config)
     with writing(folder.journal):
         folder.journal.unlink(missing_ok=True)
     _note(folder, record)
+    checkpoint.save(folder.checkpoint, state)
+    return state
 
 
 def _has_begun(folder: RunFolder) -> bool:
@@ -162,7 +199,8 @@ def _resumed(folder: RunFolder, adapted: AdaptedModel) -> ServerState:
                 remedy="restore the base model that the run was started with",
             )
         )
-    state = replace(state, adapter=replace(state.adapter, spec=adapted.spec))
+    privacy = replace(state.privacy, history=ledger.paid(folder.ledger, state.privacy.history))
+    state = replace(state, adapter=replace(state.adapter, spec=adapted.spec), privacy=privacy)
     with writing(folder.journal):
         journal.truncate(folder.journal, state.round)
     _note(folder, {"event": "resume", "round": state.round, "time": _now()})

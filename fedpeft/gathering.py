@@ -18,6 +18,8 @@ from fedpeft.requests import describe_request, fit_request
 from fedpeft.strategy import Strategy
 from fedpeft.updates import ServerState, Update
 from fedpeft.wire import (
+    PHASE,
+    PHASES,
     Failure,
     Packet,
     Session,
@@ -83,7 +85,7 @@ class Seen:
     """What the replies of one round tell the journal, gathered as they come.
 
     `ranks` are those of the partitions that were asked, `awaited` those of whom an answer may still come, `sent`
-    the bytes that went to each, and `waited` the seconds spent waiting.
+    the bytes that went to each, `waited` the seconds spent waiting, and `phases` those that each node tells of.
     """
 
     cohort: list[int] = field(default_factory=list)
@@ -94,11 +96,16 @@ class Seen:
     awaited: dict[int, int] = field(default_factory=dict)
     sent: dict[int, int] = field(default_factory=dict)
     waited: float = 0.0
+    phases: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Round:
-    """All that gathering a round needs; `heard(round, partition, usable)` is told of every reply."""
+    """All that gathering a round needs; `heard(round, partition, usable)` is told of every reply.
+
+    `sampled` are those that a private run has drawn for this round, and nobody stands in for them (None: the cohort is
+    drawn among those who can be reached).
+    """
 
     strategy: Strategy
     asking: Asking
@@ -108,6 +115,17 @@ class Round:
     seen: Seen
     heard: Callable[[int, int, bool], None]
     barred: frozenset[int] = frozenset()
+    sampled: tuple[int, ...] | None = None
+
+    @property
+    def wanted(self) -> int:
+        """How many usable updates end the round."""
+        return self.asking.cohort if self.sampled is None else len(self.sampled)
+
+    @property
+    def least(self) -> int:
+        """The fewest usable updates that the round needs: of those drawn, where it was for chance to say how many."""
+        return self.asking.least if self.sampled is None else min(self.asking.least, len(self.sampled))
 
     @property
     def number(self) -> int:
@@ -160,8 +178,8 @@ def reason_in(text: str) -> str:
 
 
 def _streamed(one: Round) -> Iterator[Update]:
-    requests = _requests(one, _drawn(one, ()))
-    for partition, reply in in_order(_timed(one, requests), tuple(requests)):
+    requests = requests_of(one, drawn_for(one, ()))
+    for partition, reply in in_order(timed(one, requests), tuple(requests)):
         update = _noted(one, partition, reply)
         if update is not None:
             yield update
@@ -173,13 +191,13 @@ def _held(one: Round) -> Iterator[Update]:
     late = set(held)
     for attempt in range(1 + asking.retries):
         fresh = held.keys() - late
-        if attempt and len(fresh) >= asking.least:
+        if attempt and len(fresh) >= one.least:
             break
         if attempt:
             _logger.warning("round %d: %d usable updates, asking again", one.number, len(fresh))
-        requests = _requests(one, [p for p in _drawn(one, tuple(fresh)) if p not in fresh])
+        requests = requests_of(one, [p for p in drawn_for(one, tuple(fresh)) if p not in fresh])
         open_ = dict.fromkeys(requests)
-        replies = _timed(one, requests)
+        replies = timed(one, requests)
         for partition, reply in replies:
             if partition not in open_:
                 continue
@@ -190,17 +208,17 @@ def _held(one: Round) -> Iterator[Update]:
                 if partition in late:
                     late.discard(partition)
                     one.seen.clients = [c for c in one.seen.clients if c["partition"] != partition or "late" not in c]
-            if len(held.keys() - late) >= asking.cohort:
+            if len(held.keys() - late) >= one.wanted:
                 break
         replies.close()
-        enough = len(held.keys() - late) >= asking.cohort
+        enough = len(held.keys() - late) >= one.wanted
         for partition in open_:
             one.seen.awaited[partition] = one.seen.ranks[partition]
             if enough:
                 one.seen.surplus.append(partition)
             else:
-                _failed(one, partition, Failure(_NO_ANSWER))
-    if len(held.keys() - late) >= asking.least:
+                failed(one, partition, Failure(_NO_ANSWER))
+    if len(held.keys() - late) >= one.least:
         yield from (held[partition] for partition in sorted(held))
 
 
@@ -214,34 +232,40 @@ def _carried(one: Round) -> Iterator[tuple[int, Update]]:
             continue
         update = _usable(one, partition, rank, reply, one.state.round)
         if isinstance(update, Failure):
-            _failed(one, partition, replace(update, reason=f"late: {update.reason}"))
+            failed(one, partition, replace(update, reason=f"late: {update.reason}"))
         else:
-            one.seen.clients.append({**_client_record(partition, reply, update), "late": True})
+            one.seen.clients.append({**client_record(partition, reply, update), "late": True})
             yield partition, replace(update, share=LATE_SHARE)
 
 
-def _drawn(one: Round, held: tuple[int, ...]) -> tuple[int, ...]:
+def drawn_for(one: Round, held: tuple[int, ...]) -> tuple[int, ...]:
     """The partitions to ask, once enough of them can be reached; those that are `held` count as if they could."""
     asking = one.asking
     size, started = asking.cohort + asking.spare, time.monotonic()
     everyone = tuple(p for p in range(asking.clients) if p not in one.barred)
-    wished = set(cohort_of(one.state, everyone, size, asking.clients)) if everyone else set()
+    wished = set(one.sampled or ()) - one.barred
+    if one.sampled is None and everyone:
+        wished = set(cohort_of(one.state, everyone, size, asking.clients))
     while True:
         there = tuple(sorted({*one.transport.partitions(), *held} - one.barred))
         waited = time.monotonic() - started
-        enough = len(there) >= asking.least
+        enough = len(there) >= one.least
         if (enough and (wished <= set(there) or waited >= asking.wait_seconds)) or not asking.clients:
             break
         if waited >= max(asking.wait_seconds, asking.deadline_seconds):
             break
         time.sleep(_PAUSE_SECONDS)
     one.seen.waited += time.monotonic() - started
+    if one.sampled is not None:
+        one.seen.cohort = list(one.sampled)
+        return tuple(p for p in one.sampled if p in there)
     drawn = cohort_of(one.state, there, size, asking.clients)
     one.seen.cohort = sorted({*one.seen.cohort, *drawn})
     return drawn
 
 
-def _requests(one: Round, partitions: Iterable[int]) -> dict[int, Packet]:
+def requests_of(one: Round, partitions: Iterable[int]) -> dict[int, Packet]:
+    """A fit request for each of `partitions` that says a usable rank; what they cost is on record."""
     asked = tuple(partitions)
     ranks = _ranks(one, asked)
     one.seen.ranks |= ranks
@@ -259,18 +283,18 @@ def _ranks(one: Round, cohort: tuple[int, ...]) -> dict[int, int]:
     found = {}
     asked = dict.fromkeys(cohort, describe_request(one.state, one.session))
     for partition, reply in in_order(one.transport.exchange(asked, one.asking.deadline_seconds), cohort):
-        failure = _excuse(reply)
+        failure = excuse_in(reply)
         try:
             if failure is None and isinstance(reply, Packet):
                 found[partition] = _described(one, partition, reply)
         except FedPeftError as error:
             failure = Failure(str(error), REFUSED)
         if failure is not None:
-            _failed(one, partition, failure)
+            failed(one, partition, failure)
     return found
 
 
-def _excuse(reply: Packet | Failure) -> Failure | None:
+def excuse_in(reply: Packet | Failure) -> Failure | None:
     """Why there is no answer in a reply; None where there is one, usable or not."""
     if isinstance(reply, Failure):
         return reply
@@ -293,7 +317,7 @@ def _described(one: Round, partition: int, reply: Packet) -> int:
     return rank
 
 
-def _timed(one: Round, requests: Mapping[int, Packet]) -> Any:
+def timed(one: Round, requests: Mapping[int, Packet]) -> Any:
     """The replies to `requests`, with the seconds spent waiting for them noted."""
     replies = iter(one.transport.exchange(requests, one.asking.deadline_seconds))
     try:
@@ -314,21 +338,23 @@ def _noted(one: Round, partition: int, reply: Packet | Failure) -> Update | None
     """The update in a reply, on record; None for a failure, which is on record too."""
     update = _usable(one, partition, one.seen.ranks[partition], reply, one.number)
     if isinstance(update, Failure) or isinstance(reply, Failure):
-        _failed(one, partition, update if isinstance(update, Failure) else Failure(""))
+        failed(one, partition, update if isinstance(update, Failure) else Failure(""))
         return None
-    one.seen.clients.append(_client_record(partition, reply, update))
+    one.seen.clients.append(client_record(partition, reply, update))
+    one.seen.phases[partition] = _phases(update)
     one.heard(one.number, partition, True)
     return update
 
 
-def _failed(one: Round, partition: int, failure: Failure) -> None:
+def failed(one: Round, partition: int, failure: Failure) -> None:
+    """A failure goes on record."""
     one.seen.failures.append({"partition": partition, "kind": failure.kind, "reason": reason_in(failure.reason)})
     one.heard(one.number, partition, False)
 
 
 def _usable(one: Round, partition: int, rank: int, reply: Packet | Failure, round_: int) -> Update | Failure:
     """The update that answers the request of round `round_` for `rank`, or why there is none."""
-    excuse = _excuse(reply)
+    excuse = excuse_in(reply)
     if excuse is not None or isinstance(reply, Failure):
         return excuse or Failure("")
     expected = {**one.session.manifest(round_), "partition": partition}
@@ -341,7 +367,8 @@ def _usable(one: Round, partition: int, rank: int, reply: Packet | Failure, roun
         return Failure(str(error), REFUSED)
 
 
-def _client_record(partition: int, reply: Packet, update: Update) -> Record:
+def client_record(partition: int, reply: Packet, update: Update) -> Record:
+    """What the journal says of a client whose update counts."""
     counted = {
         "partition": partition,
         "rank": int(reply.manifest.get("rank", 0)),
@@ -349,4 +376,15 @@ def _client_record(partition: int, reply: Packet, update: Update) -> Record:
         "tokens": update.tokens,
         "bytes_up": reply.size_bytes,
     }
-    return {"loss": math.nan, **update.metrics, **counted}
+    return {"loss": math.nan, **_figures(update), **counted}
+
+
+def _figures(update: Update) -> dict[str, float]:
+    """What a client measured, the seconds of its phases apart."""
+    return {name: value for name, value in update.metrics.items() if not name.startswith(PHASE)}
+
+
+def _phases(update: Update) -> dict[str, float]:
+    """The seconds of those phases that the node knows."""
+    told = {phase: update.metrics.get(f"{PHASE}{phase}", -1.0) for phase in PHASES}
+    return {phase: seconds for phase, seconds in told.items() if seconds >= 0.0}

@@ -19,7 +19,7 @@ from fedpeft.errors import RunFolderError, sentence
 from fedpeft.files import write_atomically
 
 _BLOCK_BYTES = 65536
-_LASTING_EVENTS = frozenset({"start", "resume"})
+_LASTING_EVENTS = frozenset({"start", "resume", "missed"})
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
@@ -62,7 +62,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate(path: Path, rounds: int) -> None:
-    """The journal holds its start and resume lines and its rounds up to `rounds`, in order, and nothing else.
+    """The journal holds its start, resume and missed lines and its rounds up to `rounds`, in order, and nothing else.
 
     The file is replaced at once: a kill leaves the old journal or the new one.
 

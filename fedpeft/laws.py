@@ -8,8 +8,9 @@ from typing import NamedTuple
 from fedpeft.adapters import KINDS, AdapterSpec, greatest_rank, low_rank_modules
 from fedpeft.codecs import Codec
 from fedpeft.errors import PlanError
-from fedpeft.merges import Method
+from fedpeft.merges import WEIGHTS, Method
 from fedpeft.optimizers import Optimizer
+from fedpeft.privacy import EXAMPLE, Channel, Mechanism
 from fedpeft.stages import Stage, chain
 from fedpeft.strategy import Parts, stage_of
 
@@ -26,6 +27,9 @@ class Plan(NamedTuple):
     updates: int
     controls: bool
     carries: bool = False
+    spare: bool = False
+    mechanism: Mechanism | None = None
+    channel: Channel | None = None
 
 
 class Law(NamedTuple):
@@ -36,12 +40,18 @@ class Law(NamedTuple):
 
 
 def check(
-    parts: Parts, spec: AdapterSpec, ranks: Iterable[int] = (), updates: int = 1, *, carries: bool = False
+    parts: Parts,
+    spec: AdapterSpec,
+    ranks: Iterable[int] = (),
+    updates: int = 1,
+    *,
+    carries: bool = False,
+    spare: bool = False,
 ) -> None:
     """Raises PlanError, naming the two choices that clash, if the plan breaks one of `LAWS`.
 
-    `ranks` are those that nodes may have (0: the server's), `updates` how many a round may come with at least, and
-    `carries` says that a late update counts in the round after.
+    `ranks` are those that nodes may have (0: the server's), `updates` how many a round may come with at least,
+    `carries` says that a late update counts in the round after, and `spare` that more are asked than are needed.
     """
     plan = Plan(
         chain(stage_of(parts.method), parts.stage) if _fits(parts.method, spec) else parts.stage,
@@ -53,6 +63,9 @@ def check(
         updates,
         parts.controls > 0,
         carries,
+        spare,
+        parts.mechanism,
+        parts.channel,
     )
     for law in LAWS:
         reason = law.broken(plan)
@@ -237,6 +250,86 @@ def _carried(plan: Plan) -> str:
     )
 
 
+def _private_sum(plan: Plan) -> str:
+    odd = _no_plain_sum(plan) if plan.mechanism and plan.mechanism.sums else ""
+    if not odd:
+        return ""
+    return (
+        "privacy.mechanism: expected a plan in which every client's part in what is released is one clipped update of "
+        f"equal weight, found {odd}"
+    )
+
+
+def _secure_sum(plan: Plan) -> str:
+    if plan.channel is None:
+        return ""
+    odd = _no_plain_sum(plan)
+    if not odd and plan.channel.noise and len(plan.ranks | {greatest_rank(plan.spec)}) > 1:
+        odd = "nodes of unlike rank, which cannot tell what their update does to the product; choose equal ranks."
+    if not odd:
+        return ""
+    return f"federation.channel: expected a plan that needs no more than the plain sum of updates, found {odd}"
+
+
+def _no_plain_sum(plan: Plan) -> str:
+    """What of a plan makes more of updates than their sum, with each weighing the same, and what to do; or nothing."""
+    return next(
+        (
+            f"{found}; {remedy}."
+            for holds, found, remedy in (
+                (
+                    not plan.method.merge.mean,
+                    "a rule that makes more of updates than their mean",
+                    "choose ffa_lora, rolora, fed_sb or fedavg, or protect at the clients (privacy.mechanism = local)",
+                ),
+                (
+                    plan.method.merge.weigh is not WEIGHTS["uniform"],
+                    "a rule that weighs clients by what they say they have",
+                    'set weights = "uniform" of that rule',
+                ),
+                (plan.controls, "control variates, which travel beside updates", "set training.scaffold=false"),
+                (bool(plan.method.pruning), "nodes that lower their rank", "choose a rule without pruning"),
+                (plan.carries, "federation.late = carry", 'set federation.late = "drop"'),
+                (plan.spare, "federation.spare above 0", "set federation.spare=0"),
+            )
+            if holds
+        ),
+        "",
+    )
+
+
+def _private_turns(plan: Plan) -> str:
+    if plan.mechanism is None or plan.mechanism.turns:
+        return ""
+    if plan.stage.frozen(plan.spec, 1) == plan.stage.frozen(plan.spec, 2):
+        return ""
+    return (
+        "privacy.central.bands: expected the same tensors in every round, because noise is taken back in later ones, "
+        "found a rule by which tensors take turns; set bands=1, or choose ffa_lora."
+    )
+
+
+def _private_beside(plan: Plan) -> str:
+    if plan.mechanism is None or plan.mechanism.sums:
+        return ""
+    if plan.controls:
+        return (
+            "training.scaffold: expected false, because control variates travel without noise, found true; "
+            "set training.scaffold=false."
+        )
+    if plan.mechanism.unit == EXAMPLE and plan.method.merge.weigh is WEIGHTS["tokens"]:
+        return (
+            "aggregation.merge: expected weights of examples or equal ones, because how many tokens a step drew tells "
+            'of single examples, found tokens; set weights = "examples" of that rule.'
+        )
+    if plan.method.pruning and plan.mechanism.unit == EXAMPLE:
+        return (
+            "aggregation.merge.rule: expected nodes that keep their rank, because by how much they lower it nothing "
+            "protects their examples, found a rule by which they lower it; set aggregation.merge.hetlora.keep=1."
+        )
+    return ""
+
+
 LAWS = (
     Law("the rule is for this kind of adapter", _of_its_kind),
     Law("a tensor is frozen or local, never both", _frozen_and_local),
@@ -251,5 +344,9 @@ LAWS = (
     Law("no node's rank is above the server's", _capped),
     Law("late updates go with a plain mean", _carried),
     Law("a robust rule sees enough updates to fire", _enough_updates),
+    Law("central privacy goes with plain means of equal weights", _private_sum),
+    Law("a secure sum goes with plain means of equal weights", _secure_sum),
+    Law("noise that is taken back goes with tensors that are always trained", _private_turns),
+    Law("nothing travels beside an update that carries its own noise", _private_beside),
 )
 """Every reason why a plan is refused before its first round."""

@@ -6,7 +6,9 @@ round that is done again, after a crash or a message sent twice, starts from wha
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -33,9 +35,15 @@ class MemoryStore(Protocol):
 
 @dataclass(frozen=True)
 class FolderMemory:
-    """Memories as files `RUN/partition-P/round-R.safetensors` under `root`, readable by their owner alone."""
+    """Memories as files `RUN/partition-P/round-R.safetensors` under `root`, readable by their owner alone.
+
+    Of each partition the memories of the last `most_runs` are kept, of `most_bytes` in all (0: no bound); whenever one
+    is saved the oldest are removed, never those of its own run.
+    """
 
     root: Path
+    most_runs: int = 0
+    most_bytes: int = 0
 
     def load(self, run: str, partition: int, round_: int) -> Memory:
         """See MemoryStore.
@@ -69,6 +77,22 @@ class FolderMemory:
             ) from error
         for _, old in self._files(run, partition)[:-KEPT_FILES]:
             old.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what is too much now is so at the next round too
+            self._forget(run, partition)
+
+    def _forget(self, run: str, partition: int) -> None:
+        """Of this partition's memories of other runs as many are left as there is room for beside those of `run`."""
+        sizes = {folder: _bytes(folder) for folder in self.root.glob(f"*/partition-{partition}")}
+        own = sizes.pop(self._folder(run, partition), 0)
+        ages = {folder: max((file.stat().st_mtime_ns for file in folder.iterdir()), default=0) for folder in sizes}
+        total, count = own + sum(sizes.values()), 1 + len(sizes)
+        for folder in sorted(sizes, key=lambda folder: ages[folder]):
+            if not (0 < self.most_runs < count or 0 < self.most_bytes < total):
+                return
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another partition has memories of that run too
+                folder.parent.rmdir()
+            total, count = total - sizes[folder], count - 1
 
     def _folder(self, run: str, partition: int) -> Path:
         if not re.fullmatch(r"[a-z0-9_-]{1,64}", run):
@@ -80,3 +104,7 @@ class FolderMemory:
     def _files(self, run: str, partition: int) -> list[tuple[int, Path]]:
         paths = sorted(self._folder(run, partition).glob("round-*.safetensors"))
         return [(int(path.stem.removeprefix("round-")), path) for path in paths]
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())

@@ -13,8 +13,9 @@ from fedpeft.errors import FedPeftError, QuorumError, sentence
 from fedpeft.gathering import Asking, Record, Round, Seen, cohort_of, in_order, updates_of
 from fedpeft.quarantine import Budget, Offence, noted, quarantined
 from fedpeft.requests import evaluate_request
+from fedpeft.secure_rounds import summed
 from fedpeft.strategy import Measures, Strategy
-from fedpeft.updates import Holding, ServerState, Update
+from fedpeft.updates import Holding, ServerState, Spent, Update
 from fedpeft.wire import MOST_EXAMPLES, Failure, Packet, Session, Transport, read_metrics, require_manifest
 
 __all__ = ["Evaluate", "Observer", "Plan", "Record", "cohort_of", "evaluate_on_clients", "in_order", "run", "step"]
@@ -31,7 +32,8 @@ class Plan:
 
     `asking` says who takes part in a round. The server scores the adapter every `evaluate_every` rounds (0: only at
     the end); after `patience` scores in a row that do not better `metric` the run stops (0: never). `metric_sign` is 1
-    where more is better, -1 where less is. A node that fails more than its `budget` is not asked for a while.
+    where more is better, -1 where less is. A node that fails more than its `budget` is not asked for a while. No round
+    begins that is not `affordable`.
     """
 
     session: Session
@@ -43,14 +45,20 @@ class Plan:
     metric_sign: int
     patience: int
     budget: Budget = NO_BUDGET
+    affordable: Callable[[ServerState], bool] = lambda state: True  # noqa: ARG005
 
 
 @dataclass(frozen=True)
 class Observer:
-    """Who is told what happens: `packet` after each reply of a round, `round` after each round is settled."""
+    """Who is told what happens.
+
+    `packet` hears of each reply of a round, `spend` of what its result costs before there is one, `round` of each
+    round that is settled.
+    """
 
     packet: Callable[[int, int, bool], None]
     round: Callable[[Record, ServerState], None]
+    spend: Callable[[Spent], None] = lambda spent: None  # noqa: ARG005
 
 
 def step(
@@ -64,8 +72,11 @@ def step(
     started = time.perf_counter()
     seen = Seen()
     barred = quarantined(state.conduct, state.round + 1)
-    one = Round(strategy, plan.asking, plan.session, state, transport, seen, observer.packet, frozenset(barred))
-    after, measures = _aggregate(strategy, plan, state, updates_of(one), seen)
+    sampled = strategy.mechanism.drawn(state) if strategy.mechanism else None
+    one = Round(
+        strategy, plan.asking, plan.session, state, transport, seen, observer.packet, frozenset(barred), sampled
+    )
+    after, measures = _aggregate(one, observer.spend)
     total = time.perf_counter() - started
     seen.clients.sort(key=lambda client: client["partition"])
     for client in seen.clients:
@@ -77,11 +88,16 @@ def step(
         "cohort": seen.cohort,
         "clients": seen.clients,
         "failures": seen.failures,
-        "loss": sum(client["loss"] * client["examples"] for client in seen.clients) / examples,
-        "learning_rate": seen.clients[0].get("learning_rate"),
+        "loss": sum(client["loss"] * client["examples"] for client in seen.clients) / examples
+        if examples
+        else math.nan,
+        "learning_rate": seen.clients[0].get("learning_rate") if seen.clients else None,
         "bytes_up": sum(client["bytes_up"] for client in seen.clients),
         "bytes_down": sum(seen.sent.values()),
-        "seconds": {"total": total, "exchange": seen.waited, "merge": total - seen.waited, "evaluate": 0.0},
+        "seconds": {
+            **{"total": total, "exchange": seen.waited, "merge": total - seen.waited, "evaluate": 0.0},
+            "nodes": {str(partition): phases for partition, phases in sorted(seen.phases.items()) if phases},
+        },
         "evaluation": None,
         "client_evaluation": None,
         **({"surplus": sorted(set(seen.surplus))} if seen.surplus else {}),
@@ -100,10 +116,12 @@ def step(
 def run(
     strategy: Strategy, plan: Plan, state: ServerState, transport: Transport, evaluate: Evaluate, observer: Observer
 ) -> tuple[ServerState, str]:
-    """The state after the last round and why it was the last: `completed` or `early`."""
+    """The state after the last round and why it was the last: `completed`, `early`, or `budget` of privacy."""
     while state.round < plan.rounds:
         if _exhausted(plan, state):
             return state, "early"
+        if not plan.affordable(state):
+            return state, "budget"
         state, record = step(strategy, plan, state, transport, observer)
         started = time.perf_counter()
         if _due(plan, state.round):
@@ -170,36 +188,40 @@ def _figures(plan: Plan, state: ServerState, partition: int, reply: Packet | Fai
     return figures if plan.metric in figures and rows.is_integer() and 0 < rows <= MOST_EXAMPLES else {}
 
 
-def _aggregate(
-    strategy: Strategy, plan: Plan, state: ServerState, updates: Iterator[Update], seen: Seen
-) -> tuple[ServerState, Measures]:
-    """Merges `updates` while they come; the quorum is judged before anything reaches the state."""
-    first = next(updates, None)
-    if first is None:
-        _require_quorum(plan, state, seen)
-        raise QuorumError("round: expected at least one usable update, found none; check the nodes.")
+def _aggregate(one: Round, spend: Callable[[Spent], None]) -> tuple[ServerState, Measures]:
+    """Merges the round's updates while they come; once all are in, the quorum is judged and the result paid for."""
+    mechanism = one.strategy.mechanism
 
     def all_updates() -> Iterator[Update]:
-        yield first
-        yield from updates
+        yield from summed(one) if one.strategy.channel else updates_of(one)
+        _require_quorum(one)
+        spent = mechanism.charge(one.number) if mechanism else None
+        if spent:
+            spend(spent)
 
-    after, measures = strategy.aggregate(state, all_updates())
-    _require_quorum(plan, state, seen)
-    return after, measures
+    return one.strategy.aggregate(one.state, all_updates())
 
 
-def _require_quorum(plan: Plan, state: ServerState, seen: Seen) -> None:
-    quorum = plan.asking.least
-    if len(seen.clients) >= quorum:
+def _require_quorum(one: Round) -> None:
+    if len(one.seen.clients) >= one.least:
         return
-    reasons = "; ".join(f"partition {item['partition']}: {item['reason']}" for item in seen.failures[:3])
+    reasons = "; ".join(f"partition {item['partition']}: {item['reason']}" for item in one.seen.failures[:3])
+    missed = {
+        "round": one.number,
+        "least": one.least,
+        "cohort": one.seen.cohort,
+        "usable": sorted(client["partition"] for client in one.seen.clients),
+        "failures": one.seen.failures,
+        "seconds": {"exchange": one.seen.waited},
+    }
     raise QuorumError(
         sentence(
-            f"round {state.round + 1}",
-            expected=f"at least {quorum} usable updates",
-            found=f"{len(seen.clients)} ({reasons or 'no node answered'})",
+            f"round {one.number}",
+            expected=f"at least {one.least} usable updates",
+            found=f"{len(one.seen.clients)} ({reasons or 'no node answered'})",
             remedy="mend the nodes and run again with --resume, or lower federation.quorum",
-        )
+        ),
+        missed,
     )
 
 

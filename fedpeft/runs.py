@@ -12,6 +12,7 @@ from pathlib import Path
 from fedpeft.config import RunConfig, load, override, to_flat, to_toml
 from fedpeft.errors import ConfigError, RunFolderError, sentence
 from fedpeft.files import write_atomically
+from fedpeft.locks import LOCK
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class RunFolder:
     def journal(self) -> Path:
         """One JSON line for the start, each round, the bounds and the end."""
         return self.root / "journal.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        """What a private run has spent, one JSON line an expense."""
+        return self.root / "privacy.jsonl"
 
     @property
     def checkpoint(self) -> Path:
@@ -114,8 +120,8 @@ def _result_of(config: RunConfig) -> dict[str, object]:
 
 
 def _unfinished(path: Path) -> bool:
-    """Whether the path is what a kill left of an atomic write."""
-    return path.name.startswith(".") and path.name.endswith(".part")
+    """Whether the path is what a kill left of an atomic write, or of the folder's lock."""
+    return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(".part"))
 
 
 @contextlib.contextmanager

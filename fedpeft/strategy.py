@@ -14,8 +14,9 @@ from fedpeft.codecs import Codec
 from fedpeft.errors import AdapterError, FederationError
 from fedpeft.merges import Contribution, Merged, Method, Pruning
 from fedpeft.optimizers import Optimizer
+from fedpeft.privacy import Channel, Mechanism
 from fedpeft.stages import Stage, alternate, chain, freeze, identity, keep_local
-from fedpeft.updates import ServerState, Update
+from fedpeft.updates import Privacy, ServerState, Update
 
 Measures = Mapping[str, float | Mapping[str, float]]
 """Figures of one round for the journal, by name; some by module."""
@@ -25,7 +26,8 @@ Measures = Mapping[str, float | Mapping[str, float]]
 class Parts:
     """What a strategy is put together from.
 
-    `controls` is how many clients there are in all, where they keep control variates (SCAFFOLD), else 0.
+    `controls` is how many clients there are in all, where they keep control variates (SCAFFOLD), else 0. `mechanism`
+    is how the run protects (None: not), `channel` how the server sees sums alone (None: it sees each update).
     """
 
     stage: Stage
@@ -33,6 +35,8 @@ class Parts:
     method: Method
     optimizer: Optimizer
     controls: int = 0
+    mechanism: Mechanism | None = None
+    channel: Channel | None = None
 
 
 class Strategy(NamedTuple):
@@ -42,7 +46,8 @@ class Strategy(NamedTuple):
     round and figures about it; updates are taken one by one, as they come, and a result that is not finite is
     a FederationError. `finalize(state)` is the adapter that a user deploys, with what went into the base. `stage`
     and `codec` are the halves that clients run too; `pruning` is how they lower their rank, if they do; `controls`:
-    clients keep control variates (SCAFFOLD).
+    clients keep control variates (SCAFFOLD). `mechanism` is how the run protects, and what a round of it costs;
+    with a `channel` the server sees but sums of updates.
     """
 
     stage: Stage
@@ -52,12 +57,16 @@ class Strategy(NamedTuple):
     finalize: Callable[[ServerState], AdapterState]
     pruning: Pruning | None = None
     controls: bool = False
+    mechanism: Mechanism | None = None
+    channel: Channel | None = None
 
 
 def build(parts: Parts) -> Strategy:
     """The strategy that merges what the stage lets through and moves the adapter with the optimiser."""
-    stage = chain(stage_of(parts.method), parts.stage)
+    private = parts.mechanism
+    stage = chain(stage_of(parts.method), parts.stage, private.stage if private else identity())
     merge, optimizer, budget = parts.method.merge, parts.optimizer, parts.method.budget
+    merge = private.wrap(merge) if private else merge
 
     def init(run: str, seed: int, adapter: AdapterState) -> ServerState:
         kept = {*stage.constant(adapter.spec), *stage.local(adapter.spec, 1)}
@@ -68,7 +77,9 @@ def build(parts: Parts) -> Strategy:
 
     def aggregate(state: ServerState, updates: Iterable[Update]) -> tuple[ServerState, Measures]:
         before, spec, round_ = state.adapter.tensors, state.adapter.spec, state.round + 1
-        fold = merge.init(state, tuple(stage.shared(spec, round_).shapes), stage.local(spec, round_))
+        # Of a sum nobody can say how far the mean of products is from the product of means, so nothing is measured.
+        hidden = tuple(spec.shapes) if parts.channel else stage.local(spec, round_)
+        fold = merge.init(state, tuple(stage.shared(spec, round_).shapes), hidden)
         control = dict(state.control)
         for update in updates:
             for key, change in update.control.items():  # Karimireddy et al. 2020, "SCAFFOLD", algorithm 1, line 17
@@ -84,7 +95,12 @@ def build(parts: Parts) -> Strategy:
             moments, tensors = optimizer.apply(state.optimizer, before, delta)
         _require_finite(spec, tensors, round_)
         moved = replace(
-            state, round=round_, adapter=replace(state.adapter, tensors=tensors), optimizer=moments, control=control
+            state,
+            round=round_,
+            adapter=replace(state.adapter, tensors=tensors),
+            optimizer=moments,
+            control=control,
+            privacy=_charged(merged.privacy or state.privacy, private, round_),
         )
         after, figures = _take_up(moved, merged, budget)
         return after, {"update_norm": norm(delta), **merged.measures, **figures}
@@ -97,6 +113,8 @@ def build(parts: Parts) -> Strategy:
         lambda state: absorbed(state.adapter),
         parts.method.pruning,
         parts.controls > 0,
+        private,
+        parts.channel,
     )
 
 
@@ -114,6 +132,12 @@ def stage_of(method: Method) -> Stage:
         keep_local(method.local) if method.local else identity(),
         alternate(method.alternating[1:], method.alternating[:1]) if method.alternating else identity(),
     )
+
+
+def _charged(privacy: Privacy, mechanism: Mechanism | None, round_: int) -> Privacy:
+    """What is spent after round `round_`."""
+    spent = mechanism.charge(round_) if mechanism else None
+    return replace(privacy, history=(*privacy.history, spent)) if spent else privacy
 
 
 def _take_up(state: ServerState, merged: Merged, budget: int) -> tuple[ServerState, Measures]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,22 @@ BAD_COMMAND_LINE = 2
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 10.0
+_ANSWER_SECONDS = 5.0
+
+
+def require_well(url: str, who: str, context: ssl.SSLContext | None = None) -> None:
+    """`who` answers at `url`.
+
+    Raises:
+        FederationError: it does not.
+    """
+    try:
+        urllib.request.urlopen(url, timeout=_ANSWER_SECONDS, context=context).close()
+    except OSError as error:
+        found = getattr(error, "reason", error)
+        raise FederationError(
+            sentence(url.split("/")[2], expected=f"{who} that answers", found=found, remedy="see its log")
+        ) from error
 
 
 def silent(line: str) -> str:

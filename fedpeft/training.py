@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,24 +15,22 @@ import torch
 from torch import nn
 
 from fedpeft.adapters import AdapterSpec, AdapterState
+from fedpeft.batches import batches_from, by_coin, each_once
 from fedpeft.client import FitJob, Fitted, Learner
 from fedpeft.config.training import TrainingConfig
-from fedpeft.errors import FederationError, sentence
+from fedpeft.corrections import Pull, pull_of
+from fedpeft.errors import FederationError, PlanError, sentence
 from fedpeft.evaluation import autocast, evaluate, padding
-from fedpeft.merges import Pruning
+from fedpeft.gradient_checks import way_for
 from fedpeft.models import AdaptedModel, extract, install, trained
-from fedpeft.pruning import kept_rank
-from fedpeft.randomness import derive_seed, rng
+from fedpeft.privacy.entropy import SOURCES
+from fedpeft.privacy.examples import POISSON, ExamplePrivacy, expected_examples, sampling_rate
+from fedpeft.private_steps import PrivateSteps
+from fedpeft.randomness import derive_seed
 from fedpeft.tasks import Encoded, Task
 
 LIBRARY_BYTES = 500_000_000
 """Bytes that Python, torch and transformers take before a model is loaded, as measured on Linux."""
-
-_TINY = 1e-12
-"""The least norm that a gradient is divided by."""
-
-_WINDOW_BATCHES = 8
-"""Examples of like size are sought within this many batches of the shuffled rows."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,8 @@ class TorchLearner:
     """A site's model, task and examples; implements `fedpeft.client.Learner`.
 
     `rounds` is the length of the run, over which the learning rate is scheduled. The model may be shared by
-    the learners of one process: each fit and each evaluation first installs the adapter that it is given.
+    the learners of one process: each fit and each evaluation first installs the adapter that it is given. With
+    `private`, each example is protected from whoever sees what a fit gives, but for its metrics and tokens.
     """
 
     adapted: AdaptedModel
@@ -49,6 +49,7 @@ class TorchLearner:
     seed: int
     rounds: int
     evaluation_batch_size: int
+    private: ExamplePrivacy | None = None
 
     @property
     def spec(self) -> AdapterSpec:
@@ -60,6 +61,8 @@ class TorchLearner:
 
         Raises:
             FederationError: the loss is not finite.
+            PlanError: examples are to be protected where none has a gradient of its own, or in a run with control
+                variates or pruning.
         """
         return fit(self, adapter, job)
 
@@ -77,6 +80,7 @@ class _Seen:
     examples: int = 0
     tokens: int = 0
     losses: list[torch.Tensor] = field(default_factory=list)
+    clipped: int = 0
 
 
 def fit(learner: TorchLearner, adapter: AdapterState, job: FitJob) -> Fitted:
@@ -92,10 +96,14 @@ def fit(learner: TorchLearner, adapter: AdapterState, job: FitJob) -> Fitted:
     before = extract(adapted).tensors
     parameters = trained(adapted, job.frozen)
     optimizer = torch.optim.AdamW(_groups(parameters, learner), weight_decay=settings.weight_decay)
-    scaler = torch.amp.GradScaler(adapted.device.type, enabled=adapted.precision == torch.float16)
-    pull = _pull(parameters, learner, job)
+    scaled = adapted.precision == torch.float16 and learner.private is None
+    scaler = torch.amp.GradScaler(adapted.device.type, enabled=scaled)
+    pull = pull_of(parameters, settings.proximal, job)
     batches = batches_from(learner.examples, settings.batch_size, learner.seed, job.partition, job.position)
     seen = _Seen()
+    accumulate: Callable[[], None] = partial(_accumulate, learner, batches, scaler, seen)
+    if learner.private:
+        accumulate = _private_accumulation(learner, learner.private, job, parameters, batches, seen)
     first_step = (job.round - 1) * settings.steps
     adapted.model.train()
     with _without(adapted, job.frozen), _randomness(learner.seed, job):
@@ -103,72 +111,20 @@ def fit(learner: TorchLearner, adapter: AdapterState, job: FitJob) -> Fitted:
             rate = learning_rate_factor(settings, step, learner.rounds * settings.steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
-            _accumulate(learner, batches, scaler, seen)
+            accumulate()
             _finish_step(list(parameters.values()), pull, optimizer, scaler, settings)
     return Fitted(
         before=before,
         after=extract(adapted).tensors,
-        examples=seen.examples,
+        examples=round(settings.steps * _expected(learner)) if learner.private else seen.examples,
         tokens=seen.tokens,
         position=job.position + settings.steps * settings.accumulation,
-        metrics={"loss": _mean_loss(seen, job), "learning_rate": settings.learning_rate * rate},
+        metrics={
+            **(_unprotected(seen) if learner.private else {"loss": _mean_loss(seen, job)}),
+            "learning_rate": settings.learning_rate * rate,
+        },
         gradients={key: np.array(total.cpu().numpy() / settings.steps) for key, total in pull.gradients.items()},
     )
-
-
-@dataclass(frozen=True)
-class _Pull:
-    """What is added to the gradients of a step, and the sums of the gradients before it, by tensor."""
-
-    terms: tuple[Callable[[], None], ...]
-    gradients: Mapping[str, torch.Tensor]
-
-
-def _pull(parameters: Mapping[str, nn.Parameter], learner: TorchLearner, job: FitJob) -> _Pull:
-    """The terms that a federation adds to a client's own gradients; each adds to `.grad` in place."""
-    terms: list[Callable[[], None]] = []
-    sums = {key: torch.zeros_like(parameters[key]) for key in job.correction if key in parameters}
-    if sums:
-        corrections = {key: torch.from_numpy(job.correction[key]).to(sums[key]) for key in sums}
-        terms.append(lambda: _correct(parameters, corrections, sums))
-    if learner.settings.proximal:
-        anchors = {key: parameter.detach().clone() for key, parameter in parameters.items()}
-        terms.append(lambda: _attract(parameters, anchors, learner.settings.proximal))
-    if job.pruning:
-        terms.append(lambda: _shrink_tails(parameters, job.pruning))
-    return _Pull(tuple(terms), sums)
-
-
-def _correct(
-    parameters: Mapping[str, nn.Parameter], corrections: Mapping[str, torch.Tensor], sums: Mapping[str, torch.Tensor]
-) -> None:
-    for key, total in sums.items():
-        gradient = parameters[key].grad
-        if gradient is None:
-            parameters[key].grad = corrections[key].clone()
-        else:
-            total.add_(gradient)
-            gradient.add_(corrections[key])
-
-
-def _attract(parameters: Mapping[str, nn.Parameter], anchors: Mapping[str, torch.Tensor], strength: float) -> None:
-    for key, anchor in anchors.items():
-        gradient = parameters[key].grad
-        if gradient is not None:
-            gradient.add_(parameters[key].detach() - anchor, alpha=strength)
-
-
-def _shrink_tails(parameters: Mapping[str, nn.Parameter], pruning: Pruning | None) -> None:
-    """Adds the gradient of penalty × Σ ‖B[:, kept:]‖ ‖A[kept:]‖; the gradient of a norm at zero is taken as zero."""
-    for key, a in parameters.items():
-        b = parameters.get(f"{key.removesuffix('.A')}.B")
-        if pruning is None or b is None or not key.endswith(".A") or a.grad is None or b.grad is None:
-            continue
-        kept = kept_rank(a.shape[0], pruning)
-        rows, columns = a.detach()[kept:], b.detach()[:, kept:]
-        size_a, size_b = rows.norm(), columns.norm()
-        a.grad[kept:] += pruning.penalty * size_b * rows / size_a.clamp_min(_TINY)
-        b.grad[:, kept:] += pruning.penalty * size_a * columns / size_b.clamp_min(_TINY)
 
 
 def fit_memory_bytes(learner: TorchLearner) -> int:
@@ -196,7 +152,8 @@ def fit_memory_bytes(learner: TorchLearner) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(adapted):
         loss = learner.task.loss(adapted.model, batch)
     del loss
-    return 16 * adapted.spec.parameters + sum(kept.values())
+    own = len(longest) if learner.private else 0  # each example has a gradient of its own
+    return (16 + 4 * own) * adapted.spec.parameters + sum(kept.values())
 
 
 def training_memory_bytes(learner: Learner) -> int:
@@ -220,31 +177,6 @@ def learning_rate_factor(settings: TrainingConfig, step: int, steps: int) -> flo
     return settings.final_fraction + (1 - settings.final_fraction) * cosine
 
 
-def batches_from(
-    examples: Sequence[Encoded], batch_size: int, seed: int, partition: int, position: int
-) -> Iterator[list[Encoded]]:
-    """Batches without end, from the one numbered `position` on.
-
-    Every epoch goes through all examples in a new order; a batch holds examples of like size.
-    """
-    per_epoch = math.ceil(len(examples) / batch_size)
-    epoch, skipped = divmod(position, per_epoch)
-    while True:
-        for batch in _epoch(examples, batch_size, rng(seed, partition, epoch, "batches"))[skipped:]:
-            yield [examples[i] for i in batch]
-        epoch, skipped = epoch + 1, 0
-
-
-def _epoch(examples: Sequence[Encoded], batch_size: int, random: np.random.Generator) -> list[np.ndarray]:
-    order = random.permutation(len(examples))
-    lengths = np.array([examples[i].size for i in order])
-    window = _WINDOW_BATCHES * batch_size
-    starts = range(0, len(order), window)
-    order = np.concatenate([order[s : s + window][np.argsort(lengths[s : s + window], kind="stable")] for s in starts])
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return [batches[i] for i in random.permutation(len(batches))]
-
-
 def _accumulate(
     learner: TorchLearner, batches: Iterator[list[Encoded]], scaler: torch.amp.GradScaler, seen: _Seen
 ) -> None:
@@ -262,9 +194,72 @@ def _accumulate(
         seen.losses.append(loss.detach())
 
 
+def _private_accumulation(
+    learner: TorchLearner,
+    privacy: ExamplePrivacy,
+    job: FitJob,
+    parameters: Mapping[str, nn.Parameter],
+    batches: Iterator[list[Encoded]],
+    seen: _Seen,
+) -> Callable[[], None]:
+    """What takes the place of `_accumulate` where each example is protected.
+
+    Raises:
+        PlanError: no example has a gradient of its own, or the job tells of others than the examples' gradients.
+    """
+    if job.correction or job.pruning:
+        raise PlanError(
+            sentence(
+                "training that protects each example",
+                expected="no control variates and no pruning, which would tell more of examples than is accounted",
+                found="training.scaffold" if job.correction else "a rule that prunes ranks",
+                remedy="do without one of the two",
+            )
+        )
+    settings, drawn = learner.settings, partial(SOURCES[privacy.entropy], learner.seed, job.round, job.partition)
+    steps = PrivateSteps(
+        adapted=learner.adapted,
+        task=learner.task,
+        parameters=parameters,
+        privacy=privacy,
+        way=way_for(learner.adapted, learner.task, parameters, learner.examples),
+        noise=drawn("noise on gradients"),
+        at_once=settings.batch_size,
+        expected=_expected(learner),
+    )
+    rate = sampling_rate(len(learner.examples), settings.batch_size * settings.accumulation)
+    coins = by_coin(learner.examples, rate, drawn("examples of steps"))
+    stream = coins if privacy.sampler == POISSON else each_once(batches, settings.accumulation)
+
+    def accumulate() -> None:
+        examples = next(stream)
+        stepped = steps.take(examples)
+        seen.examples += len(examples)
+        seen.tokens += sum(example.size for example in examples)
+        seen.losses += stepped.losses
+        seen.clipped += stepped.clipped
+
+    return accumulate
+
+
+def _expected(learner: TorchLearner) -> float:
+    return expected_examples(len(learner.examples), learner.settings.batch_size * learner.settings.accumulation)
+
+
+def _unprotected(seen: _Seen) -> dict[str, float]:
+    """The mean loss of the examples that were drawn, and the share of their gradients that were clipped.
+
+    A loss that is not finite is left out: to fail on it would tell of one example.
+    """
+    losses = torch.cat(seen.losses).double().cpu().numpy() if seen.losses else np.zeros(0)
+    finite = losses[np.isfinite(losses)]
+    figures = {"loss": float(finite.mean())} if finite.size else {}
+    return {**figures, **({"clipped_examples": seen.clipped / seen.examples} if seen.examples else {})}
+
+
 def _finish_step(
     parameters: Sequence[nn.Parameter],
-    pull: _Pull,
+    pull: Pull,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     settings: TrainingConfig,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedpeft.adapters import AdapterSpec, AdapterState, Tensors
@@ -58,6 +58,42 @@ class Holding:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What one private round cost.
+
+    Each of the `clients` took part with probability `rate`, drawn by the sampler of that name; the noise had a
+    standard deviation of `noise_multiplier` times what one client could move the released sum by. `groups` take turns.
+    Where examples are protected, `clients` are the rows of a site, of which `steps` are made a round.
+    """
+
+    round: int
+    sampler: str
+    clients: int
+    rate: float
+    noise_multiplier: float
+    groups: int = 1
+    steps: int = 1
+
+    @property
+    def anywhere(self) -> Spent:
+        """The same expense, whatever its round."""
+        return replace(self, round=0)
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """What a private run has spent, and what its mechanism goes on with.
+
+    `history` has one entry for every value that was released, or may have been. `clip_norm` is that of the next round
+    (0: the settings'), and `noise` that of rounds before which the next one takes up, by age and tensor.
+    """
+
+    history: tuple[Spent, ...] = ()
+    clip_norm: float = 0.0
+    noise: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ServerState:
     """Everything that a round changes; to resume is to load it.
 
@@ -65,7 +101,7 @@ class ServerState:
     optimiser's tensors, `progress` what early stopping remembers. `drift` and `holdings` (by partition) say who
     has which part of the adapter's residual. `control` is the mean of the clients' control variates. `awaited` are
     those that were asked in the last round and have not answered yet, and the ranks that they were asked for.
-    `conduct` says of those who have failed how often and who must not be asked.
+    `conduct` says of those who have failed how often and who must not be asked. `privacy` is what has been spent.
     """
 
     run: str
@@ -79,3 +115,4 @@ class ServerState:
     control: Tensors = field(default_factory=dict)
     awaited: Mapping[int, int] = field(default_factory=dict)
     conduct: Mapping[int, Conduct] = field(default_factory=dict)
+    privacy: Privacy = field(default_factory=Privacy)

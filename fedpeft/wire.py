@@ -30,6 +30,12 @@ _EXACT = dense()
 MOST_METRICS = 64
 """The most figures that a reply may carry, and the most characters of a figure's name."""
 
+PHASES = ("receive", "train", "send")
+"""What a node's round is made of: to receive the request, to train, and to send the answer to the request before."""
+
+PHASE = "seconds."
+"""What the names of figures begin with that say how long a phase took on the node; below 0 where it does not know."""
+
 MOST_FIGURE = 1e100
 """The greatest magnitude of a figure: sums of figures times examples stay finite in float64."""
 
@@ -155,6 +161,19 @@ def read_update(packet: Packet, strategy: Strategy, spec: AdapterSpec, expected:
         metrics=metrics,
         control=variate,
     )
+
+
+def read_figures(packet: Packet, expected: Mapping[str, Scalar]) -> Update:
+    """What a client says beside an update that travels under masks: an update without a number in it.
+
+    Raises:
+        PacketError: as `read_update`.
+    """
+    place = f"reply of partition {expected['partition']}"
+    metrics = read_metrics(packet, place)
+    _require_fields(packet, metrics, {*expected, *_COUNTS}, place)
+    examples, tokens = (_count(packet.manifest, key, place, MOST_EXAMPLES) for key in ("examples", "tokens"))
+    return Update(AdapterSpec("", "", ()), {}, examples, tokens, metrics=metrics)
 
 
 def read_metrics(packet: Packet, place: str) -> dict[str, float]:

@@ -6,17 +6,14 @@ Exits with 0 where it does. The certificate is checked as a node checks it.
 from __future__ import annotations
 
 import ssl
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedpeft.cli import script
-from fedpeft.errors import ConfigError, FederationError, sentence
-
-_SECONDS = 5.0
+from fedpeft.errors import ConfigError, sentence
+from fedpeft.supervision import require_well
 
 
 def health(
@@ -34,15 +31,8 @@ def health(
         raise ConfigError(
             sentence(str(keys / "ca.crt"), expected="a certificate", found=str(error), remedy=remedy)
         ) from error
-    try:
-        url = f"{'http' if insecure else 'https'}://{address}/health"
-        with urllib.request.urlopen(url, timeout=_SECONDS, context=context):
-            typer.echo(f"{address}: well")
-    except (urllib.error.URLError, OSError) as error:
-        found = getattr(error, "reason", error)
-        raise FederationError(
-            sentence(address, expected="a server that answers", found=found, remedy="see its log")
-        ) from error
+    require_well(f"{'http' if insecure else 'https'}://{address}/health", "a server", context)
+    typer.echo(f"{address}: well")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import enum
 import hashlib
 import json
 import os
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +25,7 @@ from fedpeft.engines.flower_environment import HOME_VARIABLE, flower_environment
 from fedpeft.errors import ConfigError, FederationError, sentence
 from fedpeft.files import write_atomically
 from server.connection import HOME
+from server.flwr_calls import Flwr
 
 _FLWR_SECONDS = 60.0
 
@@ -129,27 +129,11 @@ class Register:
 
     def _flwr(self, *arguments: str) -> dict[str, Any]:
         """What `flwr supernode` answers, as JSON."""
-        line = ("flwr", "supernode", *arguments, "--format", "json")
-        env = flower_environment(self.home, os.environ)
-        try:
-            done = subprocess.run(
-                line,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=_FLWR_SECONDS,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise self._refused(arguments[0], str(error)) from error
-        try:
-            answer = json.loads(done.stdout[done.stdout.index("{") :])
-        except ValueError:
-            answer = {"success": False, "error-message": done.stderr or done.stdout}
+        flwr = Flwr(flower_environment(self.home, os.environ), _FLWR_SECONDS)
+        answer = flwr.answer("supernode", *arguments)
         if not answer.get("success"):
             raise self._refused(arguments[0], str(answer.get("error-message", "no reason")))
-        return dict(answer)
+        return answer
 
     def _refused(self, what: str, why: str) -> FederationError:
         lines = [line for line in why.splitlines() if "Using SuperLink" not in line and "Listing" not in line]

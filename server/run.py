@@ -2,20 +2,21 @@
 
 A run of Flower's ends for good when its server, the SuperLink or the machine goes down. What was recorded is in the
 run folder, so this starts a new one that goes on from there, again and again, until the run has come to its end or
-no round is gained any more. The SuperLink must run, or come back: `server.start` keeps it running.
+no round is gained any more. The SuperLink must run, or come back: `server.start` keeps it running. Flower itself takes
+a minute to see that the process of a run's server is gone; here nobody at work in the run folder shows it at once.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
-import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -23,13 +24,22 @@ from fedpeft import checkpoint, journal
 from fedpeft.cli import script
 from fedpeft.engines.flower_environment import HOME_VARIABLE, flower_environment
 from fedpeft.errors import ConfigError, FederationError, sentence
+from fedpeft.locks import taken
 from fedpeft.runs import RunFolder
+from server.flwr_calls import Flwr
 
 ROOT = Path(__file__).resolve().parent.parent
 """The folder of the app."""
 
+_RAISED = "ServerApp raised an exception: "
+"""What Flower writes before the sentence of an error that ended the app's server."""
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_MOST_CHARACTERS = 500
 _CALL_SECONDS = 120.0
-_POLL_SECONDS = 3.0
+_LOOK_SECONDS, _POLL_SECONDS, _SELDOM_SECONDS = 1.0, 3.0, 30.0
+"""How often the run folder is looked at, and Flower asked: often where nobody is at work in the folder, else seldom."""
+
 _SILENT_SECONDS = 300.0
 """How long a SuperLink may be away, or not know a run, before the run is taken up anew."""
 
@@ -61,17 +71,17 @@ class Run:
         fields = {"resume": str(self.folder)} if self.recorded() is not None else {"out": str(self.folder)}
         fields |= {"config": self.config, "set": shlex.join(self.overrides)} if "out" in fields else {}
         asked = " ".join(f"{key}={json.dumps(value)}" for key, value in fields.items())
-        answer = self._flwr("run", ".", self.connection, "--format", "json", "-c", asked)
+        answer = self._flwr.answer("run", ".", self.connection, "-c", asked)
         if "run-id" not in answer:
-            found = str(answer.get("error-message", "no number of a run"))
+            found = " ".join(str(answer.get("error-message", "no number of a run")).split())
             raise FederationError(
-                sentence("flwr run", expected="a new run", found=found[:300], remedy="see that the SuperLink runs")
+                sentence("flwr run", expected="a new run", found=found[-300:], remedy="see that the SuperLink runs")
             )
         return str(answer["run-id"])
 
     def status(self, number: str) -> str:
         """Flower's word for how an attempt stands; empty where the SuperLink does not answer or does not know it."""
-        listed = self._flwr("ls", self.connection, "--format", "json").get("runs", ())
+        listed = self._flwr.answer("ls", self.connection).get("runs", ())
         return next((str(run["status"]) for run in listed if str(run["run-id"]) == number), "")
 
     def recorded(self) -> int | None:
@@ -87,35 +97,24 @@ class Run:
         return path.exists() and any(record["event"] == "end" for record in journal.read(path))
 
     def reason(self, number: str) -> str:
-        """The last words of an attempt's log."""
-        done = self._call("log", number, self.connection, "--show")
-        lines = [line for line in done.splitlines() if "rror" in line]
-        return " ".join(lines[-1].split())[-300:] if lines else "nothing in its log"
+        """Why an attempt failed, by its log."""
+        return last_words(self._flwr.printed("log", number, self.connection, "--show"))
 
-    def _flwr(self, *arguments: str) -> dict[str, Any]:
-        printed = self._call(*arguments)
-        try:
-            found = json.loads(printed[printed.index("{") :])
-        except ValueError:
-            found = {"error-message": " ".join(printed.split())[-300:]}
-        return found if isinstance(found, dict) else {}
+    def stop(self, number: str) -> None:
+        """Flower holds an attempt for ended."""
+        self._flwr.printed("stop", number, self.connection)
 
-    def _call(self, *arguments: str) -> str:
-        """What `flwr` prints; the words of a failure where it does not answer in time."""
-        try:
-            done = subprocess.run(
-                ("flwr", *arguments),
-                env=dict(self.env),
-                cwd=ROOT,
-                timeout=_CALL_SECONDS,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return f"no answer within {_CALL_SECONDS:g} seconds"
-        return done.stdout + (done.stderr if done.returncode else "")
+    @property
+    def _flwr(self) -> Flwr:
+        return Flwr(self.env, _CALL_SECONDS, ROOT)
+
+
+def last_words(log: str) -> str:
+    """What the log of an attempt says of its end: the exception of the app's server, or else the last error."""
+    lines = [" ".join(_COLOURS.sub("", line).split()) for line in log.splitlines()]
+    raised = [line.partition(_RAISED)[2] for line in lines if _RAISED in line]
+    errors = [line for line in lines if "error" in line.lower() and "Exit Code" not in line]
+    return next(iter([*raised[-1:], *errors[-1:]]), "nothing in its log")[:_MOST_CHARACTERS]
 
 
 def see_through(run: Run, attempts: Attempts, say: Callable[[str], None]) -> None:
@@ -150,17 +149,26 @@ def _attempt(run: Run, say: Callable[[str], None]) -> str:
     except FederationError as error:
         return str(error)
     say(f"run {number} of Flower's")
-    heard = time.monotonic()
+    heard = asked = time.monotonic()
+    begun, deserted = False, 0
     while True:
-        time.sleep(_POLL_SECONDS)
-        status = run.status(number)
-        heard = time.monotonic() if status else heard
-        if time.monotonic() - heard > _SILENT_SECONDS:
+        time.sleep(_LOOK_SECONDS)
+        at_work = taken(run.folder)
+        begun = begun or at_work
+        if not at_work and run.ended():
+            return "ended"
+        if time.monotonic() - asked < (_SELDOM_SECONDS if at_work else _POLL_SECONDS):
+            continue
+        asked, status = time.monotonic(), run.status(number)
+        heard = asked if status else heard
+        deserted = 0 if at_work else deserted + bool(status)
+        if asked - heard > _SILENT_SECONDS:
             return f"nothing heard of it for {_SILENT_SECONDS:g} seconds"
         if status.startswith("finished"):
             return status if status.endswith("completed") else f"{status}: {run.reason(number)}"
-        if run.ended():
-            return "ended"
+        if begun and deserted > 1:
+            run.stop(number)
+            return "the process of the run's server is gone"
 
 
 def main(
@@ -178,8 +186,6 @@ def main(
     run = Run(name, out.absolute(), config, tuple(set_ or ()), flower_environment(home, os.environ))
     see_through(run, Attempts(attempts), lambda text: typer.echo(f"fedpeft: {text}"))
 
-
-__all__: Sequence[str] = ("Attempts", "Run", "main", "see_through")
 
 if __name__ == "__main__":
     script(main)

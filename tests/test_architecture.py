@@ -22,10 +22,24 @@ CONFIG = UPDATES | MECHANISMS | {"config"}
 STRATEGY = CONFIG | {"strategy"}
 WIRE = STRATEGY | {"wire"}
 RECORDS = {"memory", "checkpoint", "journal"}
-TORCH = {"adaptation", "base_weights", "bases", "evaluation", "fisher", "models", "tasks", "training"}
-FEDERATION = WIRE | RECORDS | {"laws", "ranks", "requests", "client", "gathering", "rounds"}
+STEPS = {"batches", "corrections", "example_gradients", "gradient_checks", "private_steps"}
+TORCH = {"adaptation", "base_weights", "bases", "evaluation", "fisher", "models", "tasks", "training", *STEPS}
+FEDERATION = (
+    WIRE
+    | RECORDS
+    | {
+        "laws",
+        "ranks",
+        "requests",
+        "client",
+        "gathering",
+        "rounds",
+        "secure_client",
+        "secure_rounds",
+    }
+)
 EDGES = FEDERATION | TORCH | {"assets", "data"}
-COMPOSED = EDGES | {"experiment", "bounds", "events", "logs", "runs", "report", "sinks"}
+COMPOSED = EDGES | {"compatibility", "experiment", "bounds", "events", "locks", "logs", "runs", "report", "sinks"}
 
 # Each room of fedpeft, and the other rooms that it may import.
 LAYERS = {"coordinates", "own_layers", "peft_layers", "penalties", "residual_layers", "sb_layers"}
@@ -36,24 +50,32 @@ ROOMS: dict[str, set[str]] = {
     "randomness": set(),
     "files": {"errors"},
     "quarantine": {"errors"},
+    "kept": set(),
+    "locks": {"errors"},
+    "node_key": {"errors"},
+    "skew": {"errors", "version"},
     "supervision": {"errors"},
     "adapters": GROUND,
     "updates": ADAPTERS | {"quarantine"},
     **dict.fromkeys(sorted(MECHANISMS), UPDATES),
+    "privacy": UPDATES | {"merges", "stages"},
     "config": UPDATES | MECHANISMS,
     "residuals": UPDATES | {"merges"},
     "pruning": UPDATES | {"merges"},
     "strategy": CONFIG | {"residuals"},
     "laws": STRATEGY,
+    "compatibility": STRATEGY | {"laws"},
     "wire": STRATEGY,
     "ranks": WIRE,
     "requests": WIRE | {"residuals"},
     "memory": UPDATES,
-    "checkpoint": UPDATES,
+    "checkpoint": UPDATES | {"privacy"},
     "journal": UPDATES,
-    "client": WIRE | {"memory", "pruning", "requests"},
+    "secure_client": WIRE,
+    "secure_rounds": WIRE | {"gathering", "secure_client"},
+    "client": WIRE | {"memory", "pruning", "requests", "secure_client"},
     "gathering": WIRE | {"ranks", "requests"},
-    "rounds": WIRE | RECORDS | {"gathering", "ranks", "requests", "residuals"},
+    "rounds": WIRE | RECORDS | {"gathering", "ranks", "requests", "residuals", "secure_rounds"},
     "assets": GROUND,
     "data": GROUND | {"config", "assets"},
     "residual_layers": ADAPTERS,
@@ -69,22 +91,28 @@ ROOMS: dict[str, set[str]] = {
     "tasks": ADAPTERS | {"config", "data", "own_layers"},
     "evaluation": ADAPTERS | {"models", "own_layers", "tasks"},
     "fisher": ADAPTERS | {"evaluation", "models", "own_layers", "tasks"},
-    "training": WIRE | {"client", "data", "evaluation", "models", "pruning", "tasks"},
-    "experiment": EDGES,
+    "batches": UPDATES | {"privacy", "tasks"},
+    "corrections": UPDATES | {"client", "merges", "pruning"},
+    "example_gradients": ADAPTERS | {"evaluation", "models", "tasks"},
+    "gradient_checks": ADAPTERS | {"evaluation", "example_gradients", "models", "tasks"},
+    "private_steps": UPDATES | {"example_gradients", "models", "privacy", "tasks"},
+    "training": WIRE | STEPS | {"client", "data", "evaluation", "models", "pruning", "tasks"},
+    "loaded": EDGES | {"kept"},
+    "experiment": EDGES | {"loaded"},
     "bounds": EDGES | {"experiment"},
-    "nodes": EDGES | {"experiment"},
-    "runs": GROUND | {"config"},
+    "nodes": EDGES | {"experiment", "loaded"},
+    "runs": GROUND | {"config", "locks"},
     "logs": {"errors"},
     "events": {"logs"},
     "sinks": GROUND | {"config", "logs"},
-    "watching": GROUND | {"journal", "logs"},
+    "watching": GROUND | {"journal", "logs", "quarantine"},
     "adapter_folders": ADAPTERS | {"runs"},
     "merging": CONFIG | {"adapter_folders"},
     "report": GROUND | {"config", "journal"},
     "federate": COMPOSED,
-    "engines": COMPOSED | {"federate", "nodes"},
+    "engines": COMPOSED | {"federate", "kept", "loaded", "node_key", "nodes", "skew"},
     "progress": GROUND | {"federate", "report"},
-    "commands": COMPOSED | {"federate", "engines", "merging", "nodes", "progress", "watching"},
+    "commands": COMPOSED | {"federate", "engines", "merging", "node_key", "nodes", "progress", "watching"},
     "cli": GROUND | {"assets", "commands"},
     "__main__": {"cli"},
 }
@@ -99,8 +127,12 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
         "bases",
         "models",
         *sorted(LAYERS),
+        "corrections",
         "evaluation",
+        "example_gradients",
         "fisher",
+        "gradient_checks",
+        "private_steps",
         "sinks/tensorboard",
         "tasks",
         "training",
@@ -117,7 +149,8 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "starlette": ("engines/flower*",),
     "ray": ("engines/ray*",),
     "matplotlib": ("report",),
-    "cryptography": ("commands/doctor_server", "engines/flower_node"),
+    "dp_accounting": ("privacy/accountant",),
+    "cryptography": ("privacy/secure/*", "commands/doctor_server", "node_key"),
     "typer": ("cli", "commands"),
     "rich": ("commands", "progress"),
     "tomli_w": ("config",),
@@ -135,7 +168,7 @@ APPS: dict[str, set[str]] = {
         *COMMANDS,
         "cryptography",
         "tomli_w",
-        *(f"fedpeft.{room}" for room in ("checkpoint", "files", "journal", "runs")),
+        *(f"fedpeft.{room}" for room in ("checkpoint", "files", "journal", "locks", "runs")),
     },
     "simulations": {"simulations", "clients", "server", "fedpeft"},
 }

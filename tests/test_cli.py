@@ -14,11 +14,12 @@ import pytest
 
 from fedpeft.adapters import AdapterSpec, ModuleSpec
 from fedpeft.cli import main
-from fedpeft.commands.check import traffic
+from fedpeft.commands.check import costs, traffic
 from fedpeft.experiment import adapted_model
 from fedpeft.federate import federate
 from fedpeft.report.units import human_bytes
 from fedpeft.runs import folder_for
+from fedpeft.sinks import KINDS
 from fedpeft.wire import Failure, Packet, Transport
 from tests import tiny
 
@@ -250,6 +251,20 @@ def test_a_check_tells_what_each_rank_sends_and_what_the_rule_adds(
     told = dict(line.split("  ", 1) for line in checked.stdout.splitlines() if "  " in line)
     assert {what: told[what].strip() for what in rows} == rows
     assert ("the base takes up" in told) == ("the base takes up" in rows)
+
+
+def test_a_check_tells_of_a_sink_whose_library_is_missing(
+    tiny_model: Path, tiny_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = {name: KINDS[name]._replace(library=f"no_{name}") for name in ("wandb", "prometheus")}
+    for name, kind in lacking.items():
+        monkeypatch.setitem(KINDS, name, kind)  # type: ignore[arg-type]
+    asked = {"sinks": ["wandb", "tensorboard", "prometheus"]}
+    told = dict(costs(tiny.run_config(tiny_model, tiny_rows, tmp_path / "run", observation=asked)).rows)
+    assert {what: how for what, how in told.items() if what.startswith("no sink")} == {
+        "no sink wandb": "no_wandb is not installed: pip install 'fedpeft[trackers]'",
+        "no sink prometheus": "no_prometheus is not installed: pip install 'fedpeft[monitoring]'",
+    }
 
 
 def test_a_check_of_a_rule_that_alternates_tells_both_rounds(tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> None:

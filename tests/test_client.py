@@ -152,7 +152,7 @@ def test_a_request_without_a_round_is_a_failure(round_: object) -> None:
 
 def test_an_unknown_kind_is_a_failure() -> None:
     reply, _ = handle(Packet("delete", REQUEST.manifest), Memory(), site(0))
-    assert "expected one of fit, evaluate, describe, found 'delete'" in str(reply.manifest["reason"])
+    assert "expected one of fit, evaluate, describe, secure, found 'delete'" in str(reply.manifest["reason"])
 
 
 def test_the_config_of_the_site_is_what_counts() -> None:

@@ -174,9 +174,9 @@ def openssh(key: Any, password: bytes = b"") -> bytes:
     [
         (None, 0o600, "No such file"),
         (openssh(ec.generate_private_key(ec.SECP384R1())), 0o644, "can be read by others (0644)"),
-        (openssh(ec.generate_private_key(ec.SECP256R1())), 0o600, "is ECDSA secp256r1"),
-        (openssh(ed25519.Ed25519PrivateKey.generate()), 0o600, "is Ed25519PrivateKey"),
-        (b"-----BEGIN NOTHING-----\n", 0o600, "is no private key"),
+        (openssh(ec.generate_private_key(ec.SECP256R1())), 0o600, "found ECDSA secp256r1"),
+        (openssh(ed25519.Ed25519PrivateKey.generate()), 0o600, "found Ed25519PrivateKey"),
+        (b"-----BEGIN NOTHING-----\n", 0o600, "found no private key"),
     ],
 )
 def test_a_private_key_that_will_not_do(tmp_path: Path, data: bytes | None, mode: int, told: str) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from fedpeft import checkpoint, experiment, journal
 from fedpeft.config import RunConfig
 from fedpeft.errors import AdapterError, CheckpointError, PlanError, QuorumError, RunFolderError
 from fedpeft.evaluation import evaluate
-from fedpeft.experiment import adapted_model, task_of
+from fedpeft.experiment import adapted_model, release_models, task_of
 from fedpeft.federate import Watcher, federate, silent
+from fedpeft.locks import held
 from fedpeft.models import install
 from fedpeft.runs import folder_for, reopen
 from tests import tiny
@@ -60,13 +63,12 @@ def weights(root: Path) -> dict[str, bytes]:
 def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rounds and the end of a journal less what a clock says."""
     kept = [record for record in records if record["event"] in {"round", "end"}]
-    text = json.dumps([{key: value for key, value in record.items() if key != "seconds"} for record in kept])
-    return [_without(record) for record in json.loads(text)]
+    return [_without(record) for record in json.loads(json.dumps(kept))]
 
 
 def _without(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without(item) for key, item in value.items() if key != "seconds"}
+        return {key: _without(item) for key, item in value.items() if key not in ("seconds", "time")}
     return [_without(item) for item in value] if isinstance(value, list) else value
 
 
@@ -139,6 +141,18 @@ def test_a_run_leaves_everything_in_its_folder(config: Callable[..., RunConfig])
     assert (end["rounds"], end["stopped"]) == (4, "completed")
     assert checkpoint.load(root / "checkpoint").round == 4
     assert reopen(root, [])[1] == made
+
+
+def test_a_round_on_record_has_its_time_and_who_was_refused(config: Callable[..., RunConfig]) -> None:
+    made, told = config(), [{2: "peft: expected 0.21"}, {}, {}, {}]
+    began = datetime.now(UTC).replace(microsecond=0)
+    records = begin(made, refused=lambda: told.pop(0))
+    rounds = [record for record in records if record["event"] == "round"]
+    assert [record.get("refused") for record in rounds] == [{"2": "peft: expected 0.21"}, None, None, None]
+    times = [datetime.fromisoformat(record["time"]) for record in rounds]
+    assert times == sorted(times)
+    assert began <= times[0]
+    assert times[-1] <= datetime.now(UTC)
 
 
 def test_the_learning_rate_is_scheduled_over_the_run(config: Callable[..., RunConfig]) -> None:
@@ -274,6 +288,32 @@ def test_a_finished_run_resumed_ends_as_it_did(config: Callable[..., RunConfig])
 
 
 @pytest.mark.faults
+def test_a_folder_that_another_process_writes_is_left_alone(config: Callable[..., RunConfig]) -> None:
+    made = config()
+    root = Path(made.out)
+    with held(root), pytest.raises(RunFolderError, match=f"found process {os.getpid()} at work in it"):
+        begin(made)
+    assert [path.name for path in root.iterdir()] == []
+    begun(made, cut_at(2))
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    with held(root), pytest.raises(RunFolderError, match="at work in it"):
+        resume(root)
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+    resume(root)
+    begin(config("whole"))
+    assert weights(root) == weights(Path(config("whole").out))
+
+
+def test_a_run_that_was_begun_meanwhile_is_not_begun_again(config: Callable[..., RunConfig]) -> None:
+    made = config()
+    folder = folder_for(made)
+    begun(made, cut_at(1))
+    before = folder.journal.read_bytes()
+    with pytest.raises(RunFolderError, match="one that another process has begun meanwhile; continue it with --resume"):
+        federate(made, folder, transport(made, folder), engine="local")
+    assert folder.journal.read_bytes() == before
+
+
 def test_a_corrupt_checkpoint_is_one_sentence_and_its_remedy_works(config: Callable[..., RunConfig]) -> None:
     root = begun(config(), cut_at(3))
     expected, before = state(root), (root / "journal.jsonl").read_bytes()
@@ -299,7 +339,7 @@ def test_another_base_under_the_same_name_is_refused(
     begun(made, cut_at(1))
     shutil.rmtree(source)
     tiny.build(source, seed=1)
-    adapted_model.__globals__["_adapted"].cache_clear()
+    release_models()
     with pytest.raises(CheckpointError, match="restore the base model that the run was started with"):
         resume(tmp_path / "run")
 
@@ -418,8 +458,16 @@ def test_a_missed_quorum_leaves_what_was_recorded(config: Callable[..., RunConfi
     with pytest.raises(QuorumError, match="round 1: expected at least 1 usable updates, found 0") as caught:
         begin(made)
     assert caught.value.exit_code == 1
-    assert [record["event"] for record in journal.read(Path(made.out) / "journal.jsonl")] == ["start", "failed"]
+    start, missed, failed = journal.read(Path(made.out) / "journal.jsonl")
+    assert (start["event"], missed["event"], failed["event"]) == ("start", "missed", "failed")
+    assert (missed["round"], missed["least"], missed["usable"], len(missed["cohort"])) == (1, 1, [], 2)
+    assert [failure["kind"] for failure in missed["failures"]] == ["absent"] * 2
+    assert datetime.fromisoformat(missed["time"]) <= datetime.now(UTC)
     assert checkpoint.load(Path(made.out) / "checkpoint").round == 0
+    with pytest.raises(QuorumError):
+        resume(Path(made.out))
+    events = [record["event"] for record in journal.read(Path(made.out) / "journal.jsonl")]
+    assert events == ["start", "missed", "resume", "missed", "failed"]
 
 
 @pytest.mark.faults

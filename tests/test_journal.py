@@ -109,14 +109,16 @@ def test_a_missing_journal_is_one_sentence(make, tmp_path):
         journal.read(path)
 
 
-def test_truncate_keeps_start_resume_and_early_rounds_in_order(tmp_path):
+def test_truncate_keeps_start_resume_missed_and_early_rounds_in_order(tmp_path):
     path = tmp_path / "journal.jsonl"
     events = [
         {"event": "start"},
         {"event": "round", "round": 1},
+        {"event": "missed", "round": 2},
         {"event": "resume", "round": 1},
         {"event": "round", "round": 2},
         {"event": "round", "round": 3},
+        {"event": "failed"},
         {"event": "bounds", "rows": []},
         {"event": "end"},
     ]
@@ -125,9 +127,10 @@ def test_truncate_keeps_start_resume_and_early_rounds_in_order(tmp_path):
     with path.open("ab") as file:
         file.write(b'{"event":"rou')
     journal.truncate(path, 2)
-    assert journal.read(path) == events[:4]
+    assert journal.read(path) == events[:5]
     journal.truncate(path, 0)
-    assert journal.read(path) == [{"event": "start"}, {"event": "resume", "round": 1}]
+    lasting = ("start", "missed", "resume")
+    assert journal.read(path) == [event for event in events if event["event"] in lasting]
     assert os.listdir(tmp_path) == ["journal.jsonl"]
 
 

@@ -12,11 +12,14 @@ import pytest
 
 from fedpeft import ranks
 from fedpeft.adapters import AdapterSpec, AdapterState, ModuleSpec, at_rank, greatest_rank
+from fedpeft.config.federation import CHANNELS
 from fedpeft.config.merges import MERGES
+from fedpeft.config.privacy import PRIVACY
 from fedpeft.errors import PlanError
 from fedpeft.laws import LAWS, check
 from fedpeft.merges import rule
 from fedpeft.optimizers import momentum, sgd
+from fedpeft.privacy import ClientNoise, Population
 from fedpeft.stages import Stage, alternate, chain, freeze, identity, keep_local
 from fedpeft.strategy import Parts, build
 from fedpeft.updates import Update
@@ -33,6 +36,7 @@ SQUARE = AdapterSpec(
 )
 DORA = AdapterSpec("base", "lora", (ModuleSpec("layer", "dora", 2, 1.0, (("A", (2, 3)), ("B", (3, 2)), ("g", (3,)))),))
 FREE = rule("examples", gauge="free")
+CHANNEL = CHANNELS.members["secure"]().build()
 
 
 def made(stage: Stage | None = None, *, controls: int = 0, rate: float = 1.0, **method: Any) -> Parts:
@@ -153,6 +157,71 @@ BROKEN: list[tuple[Parts, dict[str, Any], str, str]] = [
         "federation.quorum: expected at least 5 updates in every round, .* found 4",
     ),
     (preset("trimmed_mean", trimmed=2), {"updates": 4}, "a robust rule sees enough updates to fire", "at least 5"),
+    *(
+        (
+            replace(one, mechanism=PRIVACY.members["central"](noise_multiplier=1.0).build(Population(9, 3))),
+            more,
+            "central privacy goes with plain means of equal weights",
+            words,
+        )
+        for one, more, words in (
+            (preset("flora"), {}, "found a rule that makes more of updates than their mean; choose ffa_lora"),
+            (preset("krum"), {"updates": 9}, "found a rule that makes more of updates than their mean"),
+            (preset("hetlora"), {"spec": WIDE}, "found a rule that makes more of updates than their mean"),
+            (preset("ffa_lora"), {}, 'found a rule that weighs clients .*; set weights = "uniform"'),
+            (preset("fedavg", weights="uniform", controls=3), {}, "found control variates"),
+            (preset("fedavg", weights="uniform"), {"carries": True}, "found federation.late = carry"),
+            (preset("fedavg", weights="uniform"), {"spare": True}, "found federation.spare above 0"),
+        )
+    ),
+    *(
+        (replace(one, channel=CHANNEL), more, "a secure sum goes with plain means of equal weights", words)
+        for one, more, words in (
+            (preset("fedex", weights="uniform"), {}, "found a rule that makes more of updates than their mean"),
+            (preset("median"), {"updates": 9}, "found a rule that makes more of updates than their mean"),
+            (preset("ffa_lora"), {}, "found a rule that weighs clients"),
+            (preset("fedavg", weights="uniform", controls=3), {}, "found control variates"),
+        )
+    ),
+    (
+        replace(preset("ffa_lora", weights="uniform"), channel=replace(CHANNEL, noise=ClientNoise(1.0, 5))),
+        {"spec": WIDE, "ranks": (2, 4)},
+        "a secure sum goes with plain means of equal weights",
+        "found nodes of unlike rank",
+    ),
+    (
+        replace(
+            preset("rolora", weights="uniform"),
+            mechanism=PRIVACY.members["central"](noise_multiplier=1.0, bands=3).build(Population(9, 3)),
+        ),
+        {},
+        "noise that is taken back goes with tensors that are always trained",
+        "found a rule by which tensors take turns; set bands=1",
+    ),
+    (
+        replace(made(controls=3), mechanism=PRIVACY.members["local"](noise_multiplier=1.0).build(Population(9, 3))),
+        {},
+        "nothing travels beside an update that carries its own noise",
+        "set training.scaffold=false",
+    ),
+    (
+        replace(
+            preset("fedavg", weights="tokens"),
+            mechanism=PRIVACY.members["example"](noise_multiplier=1.0, rows=50).build(Population(9, 3)),
+        ),
+        {},
+        "nothing travels beside an update that carries its own noise",
+        'found tokens; set weights = "examples"',
+    ),
+    (
+        replace(
+            preset("hetlora"),
+            mechanism=PRIVACY.members["example"](noise_multiplier=1.0, rows=50).build(Population(9, 3)),
+        ),
+        {"spec": WIDE},
+        "nothing travels beside an update that carries its own noise",
+        "set aggregation.merge.hetlora.keep=1",
+    ),
 ]
 
 

@@ -118,6 +118,7 @@ def test_a_line_holds_time_level_event_run_round_and_node(written: io.StringIO) 
     assert (settled["loss"], settled["updates"], settled["failures"]) == (1.0, 1, 1)
     assert settled["held_out"] == {"accuracy": 0.5}
     assert settled["seconds"]["exchange"] == 1.5
+    assert "nodes" not in settled["seconds"]
     assert settled["text"] == "round 1 of 4: loss 1.0000, 1 updates, 1 failures, held-out accuracy 0.5000"
     assert (ended["stopped"], ended["rounds"]) == ("early", 4)
 

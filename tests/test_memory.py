@@ -1,6 +1,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -96,6 +97,42 @@ def test_a_corrupt_memory_is_one_sentence(tmp_path: Path, where: str) -> None:
         store.load("run", 0, 2)
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
+
+
+def kept(root: Path, partition: int = 0) -> list[str]:
+    """The runs whose memories of a partition are there, by their names."""
+    return sorted(path.parent.name for path in root.glob(f"*/partition-{partition}"))
+
+
+def test_the_memories_of_the_oldest_runs_are_removed(tmp_path: Path) -> None:
+    store, unbounded = FolderMemory(tmp_path, most_runs=3), FolderMemory(tmp_path)
+    unbounded.save("e", 1, 1, Memory())
+    for age, run in enumerate("ebdc"):
+        unbounded.save(run, 0, 1, Memory())
+        for path in (tmp_path / run / "partition-0").iterdir():
+            os.utime(path, ns=(age, age))
+    assert kept(tmp_path) == ["b", "c", "d", "e"]
+    store.save("a", 0, 1, Memory())
+    assert kept(tmp_path) == ["a", "c", "d"]
+    assert kept(tmp_path, 1) == ["e"]
+    assert not (tmp_path / "b").exists()
+    store.save("a", 0, 2, Memory())
+    assert kept(tmp_path) == ["a", "c", "d"]
+
+
+def test_memories_are_removed_until_the_rest_has_room_and_never_those_of_the_run_at_work(tmp_path: Path) -> None:
+    big = Memory({"a": np.zeros(1000, np.float32)}, {})
+    for age, run in enumerate("bcd"):
+        FolderMemory(tmp_path).save(run, 0, 1, big)
+        for path in (tmp_path / run / "partition-0").iterdir():
+            os.utime(path, ns=(age, age))
+    FolderMemory(tmp_path, most_bytes=14_000).save("a", 0, 1, big)
+    assert kept(tmp_path) == ["a", "c", "d"]
+    store = FolderMemory(tmp_path, most_bytes=1)
+    for round_ in range(1, 4):
+        store.save("a", 0, round_, big)
+    assert kept(tmp_path) == ["a"]
+    assert [round_ for round_ in (1, 2, 3) if store.load("a", 0, round_ + 1).tensors] == [1, 2, 3]
 
 
 @pytest.mark.faults

@@ -70,6 +70,12 @@ def test_one_round_by_hand(tmp_path: Path) -> None:
     assert record["bytes_up"] == sum(client["bytes_up"] for client in record["clients"])
     assert record["bytes_down"] == sum(client["bytes_down"] for client in record["clients"]) > 24
     seconds = record["seconds"]
+    assert {partition: list(phases) for partition, phases in seconds["nodes"].items()} == {
+        "0": ["train"],
+        "1": ["train"],
+    }
+    assert all(phases["train"] >= 0 for phases in seconds["nodes"].values())
+    assert not [key for client in record["clients"] for key in client if key.startswith("seconds.")]
     assert seconds["total"] == pytest.approx(seconds["exchange"] + seconds["merge"] + seconds["evaluate"])
     journal.append(tmp_path / "journal.jsonl", record)
     assert journal.read(tmp_path / "journal.jsonl")[0]["cohort"] == [0, 1]

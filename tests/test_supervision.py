@@ -5,13 +5,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from fedpeft.errors import ConfigError, FederationError
-from fedpeft.supervision import Child, Pauses, keep_running
+from fedpeft.supervision import Child, Pauses, keep_running, require_well
 
 QUICK = Pauses(first=0.05, most=0.2, steady=60.0)
 
@@ -99,3 +101,35 @@ def _alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"
+
+
+@contextmanager
+def answering(status: int) -> Iterator[str]:
+    """The address of a process that answers every request with `status`."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+def test_a_process_that_answers_is_well_and_another_is_told_in_a_sentence() -> None:
+    with answering(200) as address:
+        require_well(f"http://{address}/health", "a node")
+    with pytest.raises(FederationError, match=f"{address}: expected a node that answers, found .*refused; see its log"):
+        require_well(f"http://{address}/health", "a node")
+    with (
+        answering(503) as ill,
+        pytest.raises(FederationError, match=f"{ill}: expected a server that answers, found Ser"),
+    ):
+        require_well(f"http://{ill}/health", "a server")

@@ -13,20 +13,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft import training
+from fedpeft import corrections
 from fedpeft.adapters import AdapterState
+from fedpeft.batches import batches_from
 from fedpeft.client import FitJob, Fitted
 from fedpeft.config.adapters import Lora
 from fedpeft.config.tasks import SequenceClassification
 from fedpeft.config.training import TrainingConfig
-from fedpeft.errors import DataError, FederationError
+from fedpeft.errors import DataError, FederationError, PlanError
 from fedpeft.evaluation import evaluate
 from fedpeft.merges import Pruning
 from fedpeft.models import AdaptedModel, extract, install
+from fedpeft.privacy.examples import ExamplePrivacy
 from fedpeft.pruning import pruned_spec, tail
 from fedpeft.randomness import rng
 from fedpeft.tasks import Example, build_task
-from fedpeft.training import TorchLearner, batches_from, learning_rate_factor, use_threads
+from fedpeft.training import TorchLearner, fit_memory_bytes, learning_rate_factor, use_threads
 from tests import tiny
 from tests.tiny import FAMILIES, LABELS, WORDS, moved
 
@@ -359,7 +361,7 @@ def test_the_pruning_penalty_is_its_own_gradient(tiny_model: Path) -> None:
     b = torch.nn.Parameter(torch.tensor(rng(2, "b").standard_normal((6, 4)), dtype=torch.float32))
     expected = torch.autograd.grad(pruning.penalty * a[2:].norm() * b[:, 2:].norm(), [a, b])
     a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
-    training._shrink_tails({"layer.A": a, "layer.B": b}, pruning)
+    corrections.shrink_tails({"layer.A": a, "layer.B": b}, pruning)
     torch.testing.assert_close(a.grad, expected[0])
     torch.testing.assert_close(b.grad, expected[1])
     adapted = tiny.load(tiny_model, "lora")
@@ -369,3 +371,145 @@ def test_the_pruning_penalty_is_its_own_gradient(tiny_model: Path) -> None:
     )
     assert tail(adapted.spec, strong, pruning) < tail(adapted.spec, weak, pruning)
     assert pruned_spec(adapted.spec, start.tensors, strong, pruning).modules[0].rank <= adapted.spec.modules[0].rank
+
+
+def private(adapted: AdaptedModel, examples: tuple[Example, ...] = (), **fields: Any) -> TorchLearner:
+    settings = {key: fields.pop(key) for key in list(fields) if hasattr(SETTINGS, key)}
+    protection = ExamplePrivacy(**{"clip_norm": 1.0, "noise_multiplier": 1.0, "entropy": "seed", **fields})
+    return replace(learner(adapted, examples, **settings), private=protection)
+
+
+@families
+def test_private_training_moves_the_adapter_and_leaves_plain_training_as_it_was(tiny_model: Path, family: str) -> None:
+    adapted = tiny.load(tiny_model, family)
+    plain = learner(adapted).fit(adapted.initial, JOB)
+    held = {id(binding.parameter) for binding in adapted.bindings.values()}
+    frozen = [(name, p) for name, p in adapted.model.named_parameters() if id(p) not in held]
+    before = bits(frozen)
+    fitted = private(adapted, entropy="os").fit(adapted.initial, JOB)
+    assert bits(frozen) == before
+    assert all(np.abs(value).max() > 0 for value in delta(fitted).values())
+    again = learner(adapted).fit(adapted.initial, JOB)
+    assert bits(again.after.items()) == bits(plain.after.items())
+    assert again.metrics == plain.metrics
+
+
+def test_private_training_with_a_wide_clip_and_no_noise_is_plain_training(tiny_model: Path) -> None:
+    """Where all texts are of one batch; the optimiser, the schedule and the proximal term are those of plain steps."""
+    adapted = tiny.load(tiny_model)
+    more = {"steps": 4, "batch_size": 2, "accumulation": 4, "proximal": 0.3, "weight_decay": 0.1}
+    examples = some(8, length=6)
+    plain = learner(adapted, examples, **more).fit(moved(adapted.initial), JOB)
+    for sampler in ("shuffled", "poisson"):
+        wide = private(adapted, examples, clip_norm=1e6, noise_multiplier=0.0, sampler=sampler, **more)
+        fitted = wide.fit(moved(adapted.initial), JOB)
+        for key, value in plain.after.items():
+            np.testing.assert_allclose(fitted.after[key], value, atol=2e-4)
+        assert fitted.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=1e-3)
+        assert fitted.metrics["clipped_examples"] == 0
+        assert (fitted.examples, fitted.position) == (plain.examples, plain.position) == (32, 16)
+
+
+def test_private_training_repeats_by_its_seed_and_never_by_the_systems_entropy(tiny_model: Path) -> None:
+    adapted = tiny.load(tiny_model)
+    first, again = (private(adapted).fit(adapted.initial, JOB) for _ in range(2))
+    assert bits(first.after.items()) == bits(again.after.items())
+    others = [
+        private(adapted, entropy="os").fit(adapted.initial, JOB),
+        private(adapted, entropy="os").fit(adapted.initial, JOB),
+        private(adapted).fit(adapted.initial, replace(JOB, partition=1)),
+        private(adapted).fit(adapted.initial, replace(JOB, round=2)),
+        replace(private(adapted), seed=1).fit(adapted.initial, JOB),
+    ]
+    assert len({str(bits(one.after.items())) for one in (first, *others)}) == 6
+
+
+def test_a_private_client_tells_the_expected_number_of_examples_and_not_the_one_drawn(tiny_model: Path) -> None:
+    adapted = tiny.load(tiny_model)
+    examples = some(20)
+    fits = [replace(private(adapted, examples), seed=seed).fit(adapted.initial, JOB) for seed in range(4)]
+    assert {one.examples for one in fits} == {12}
+    assert len({one.tokens for one in fits}) > 1
+    few = private(adapted, some(3), batch_size=4).fit(adapted.initial, JOB)
+    assert few.examples == 9
+
+
+def test_a_round_in_which_nothing_was_drawn_is_noise(tiny_model: Path) -> None:
+    adapted = tiny.load(tiny_model)
+    examples = some(400)
+    rare = private(adapted, examples, steps=1, batch_size=1)
+    found = [replace(rare, seed=seed).fit(adapted.initial, JOB) for seed in range(12)]
+    empty = [one for one in found if "loss" not in one.metrics]
+    assert 0 < len(empty) < 12
+    for one in empty:
+        assert one.tokens == 0
+        assert one.metrics.keys() == {"learning_rate"}
+        assert size(one) > 0
+
+
+def test_a_loss_that_is_not_finite_ends_no_private_round(tiny_model: Path) -> None:
+    """To fail would tell of the example, so the client goes on; what it cannot tell it leaves out."""
+    adapted = tiny.load(tiny_model)
+    broken = TASK._replace(losses=lambda model, batch: TASK.losses(model, batch) * _BROKEN[0])  # type: ignore[misc]
+    one = replace(private(adapted, sampler="shuffled"), task=broken)
+    one.fit(adapted.initial, JOB)
+    _BROKEN[0] = math.nan
+    try:
+        fitted = one.fit(adapted.initial, JOB)
+    finally:
+        _BROKEN[0] = 1.0
+    assert fitted.metrics["clipped_examples"] == 1
+    assert "loss" not in fitted.metrics
+    assert all(np.isfinite(value).all() for value in fitted.after.values())
+
+
+_BROKEN = [1.0]
+"""What the losses of the task above are multiplied by."""
+
+
+def test_frozen_tensors_stay_in_private_training(tiny_model: Path) -> None:
+    adapted = tiny.load(tiny_model)
+    frozen = adapted.spec.matching(["*.A"])
+    fitted = private(adapted).fit(moved(adapted.initial), replace(JOB, frozen=frozen))
+    for key, value in delta(fitted).items():
+        assert (np.abs(value).max() == 0) == (key in frozen), key
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"correction": {"classifier.bias": np.zeros(3, np.float32)}}, r"training\.scaffold"),
+        ({"pruning": Pruning(0.5, 0.1)}, "a rule that prunes ranks"),
+    ],
+)
+def test_private_training_is_refused_where_more_would_be_told(
+    tiny_model: Path, change: dict[str, Any], words: str
+) -> None:
+    adapted = tiny.load(tiny_model)
+    with pytest.raises(PlanError, match=words):
+        private(adapted).fit(adapted.initial, replace(JOB, **change))
+
+
+def test_private_training_learns(tiny_model: Path) -> None:
+    adapted = tiny.load(tiny_model)
+    examples = some(60)
+    one = private(adapted, examples, steps=40, batch_size=30, noise_multiplier=0.3)
+    before = one.evaluate(adapted.initial)
+    after = one.evaluate(AdapterState(adapted.spec, one.fit(adapted.initial, JOB).after))
+    assert after["loss"] < 0.9 * before["loss"]
+
+
+def test_the_way_is_said_once_in_the_log(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    adapted = tiny.load(tiny_model)
+    with caplog.at_level("INFO", logger="fedpeft"):
+        for _ in range(2):
+            private(adapted).fit(adapted.initial, JOB)
+    assert [one.message for one in caplog.records] == [
+        "the gradients of single examples are taken for all rows at once in the adapter's layers"
+    ]
+
+
+def test_memory_of_private_training_counts_a_gradient_for_each_example(tiny_model: Path) -> None:
+    adapted = tiny.load(tiny_model)
+    plain, protected = (fit_memory_bytes(one) for one in (learner(adapted), private(adapted)))
+    assert protected - plain == 4 * 4 * adapted.spec.parameters

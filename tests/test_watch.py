@@ -141,6 +141,30 @@ def test_the_status_of_a_run() -> None:
     assert (trouble.partition, trouble.kind, trouble.count, trouble.last_round) == (3, "no answer in time", 2, 3)
 
 
+def test_a_failure_is_of_the_kind_on_record_whatever_its_words_seem_to_say() -> None:
+    def failed(kind: str, reason: str) -> dict[str, Any]:
+        return {"partition": 3, "kind": kind, "reason": reason}
+
+    words = "the deadline of my memory is not finite"
+    records = [
+        START,
+        round_record(1, failures=[failed("failed", words)]),
+        round_record(2, failures=[failed("failed", "another word"), failed("refused", words)], refused={"2": "peft"}),
+        {"event": "missed", "round": 3, "failures": [failed("absent", words)]},
+        {"event": "resume", "round": 2},
+        round_record(3, failures=[]),
+    ]
+    status = status_of(records)
+    assert [(each.partition, each.kind, each.count, each.last_round) for each in status.troubles] == [
+        (3, "failed", 2, 2),
+        (2, "refused", 1, 2),
+        (3, "absent", 1, 3),
+        (3, "refused", 1, 2),
+    ]
+    assert status.troubles[1].words == "peft"
+    assert "refused" in shown(status)
+
+
 @pytest.mark.parametrize(
     ("records", "state", "why"),
     [

@@ -11,7 +11,9 @@ import typer
 
 from fedpeft.adapters import AdapterSpec, at_rank, at_ranks, greatest_rank, inexact, low_rank_modules
 from fedpeft.codecs import dense
+from fedpeft.compatibility import table
 from fedpeft.config import RunConfig, load
+from fedpeft.config.observation import ObservationConfig
 from fedpeft.experiment import (
     adapted_model,
     check_plan,
@@ -20,13 +22,16 @@ from fedpeft.experiment import (
     parts_of,
     ranks_of,
     resolve,
+    spent_of,
     strategy_of,
     test_examples,
 )
 from fedpeft.merges import Method
+from fedpeft.privacy import SAMPLERS
 from fedpeft.ranks import RankRule
 from fedpeft.report.tables import Table, render_plain
 from fedpeft.report.units import between, human_bytes, human_count
+from fedpeft.sinks import KINDS, remedy_of
 from fedpeft.strategy import Strategy
 from fedpeft.training import fit_memory_bytes
 
@@ -46,9 +51,11 @@ class Messages(NamedTuple):
 
 
 def run_check(path: Path, overrides: list[str]) -> None:
-    """Prints the costs of the run; settings, data and model have been found usable."""
+    """Prints the costs of the run, and what goes with what; settings, data and model have been found usable."""
     config = resolve(load(path, overrides))
     typer.echo(render_plain(costs(config)))
+    typer.echo()
+    typer.echo(render_plain(Table(*table())))
 
 
 def costs(config: RunConfig) -> Table:
@@ -68,6 +75,7 @@ def costs(config: RunConfig) -> Table:
         ("base model", f"{human_count(base)} parameters, {human_bytes(4 * base)} in float32"),
         ("trained", f"{human_count(trained)} parameters ({share:.2%} of the base)"),
         *traffic(config, adapted.spec),
+        *protection(config),
         ("the full model would move", human_bytes(8 * base * exchanges)),
         (
             "memory to train",
@@ -76,8 +84,34 @@ def costs(config: RunConfig) -> Table:
         ("rows to train on", f"{dealt.report.train_rows}, of which sites hold {sum(map(len, dealt.sites))}"),
         ("held-out rows", f"{dealt.report.test_rows}, {dealt.report.test_overlap:.1%} also in training"),
         ("repeats removed", str(dealt.report.repeats_removed)),
+        *_lacking_sinks(config.observation),
     )
     return Table(("what", "how much"), rows)
+
+
+def protection(config: RunConfig) -> _Rows:
+    """What the run promises to protect, by its settings."""
+    mechanism, promise = parts_of(config).mechanism, config.privacy.chosen
+    if mechanism is None:
+        return (("protected", "nothing but that rows stay where they are"),)
+    spent = mechanism.charge(0)
+    rows = [("protected", f"{config.privacy.name}: one {mechanism.unit}")]
+    if spent:
+        whole = spent_of(config, (spent,) * config.rounds)
+        rows.append(("privacy after all rounds", f"ε = {whole:.3g} at δ = {promise.delta:.2g}"))
+        rows.append(("noise", f"{spent.noise_multiplier:g} times the clipping norm, in every round"))
+        rows.append(("a draw claims", SAMPLERS[spent.sampler].claims))
+    return tuple(rows)
+
+
+def _lacking_sinks(settings: ObservationConfig) -> _Rows:
+    """The sinks that the run would go on without, because their library is not installed."""
+    remedies = {name: remedy_of(KINDS[name]) for name in settings.sinks}
+    return tuple(
+        (f"no sink {name}", f"{KINDS[name].library} is not installed: {remedy}")
+        for name, remedy in remedies.items()
+        if remedy
+    )
 
 
 def traffic(config: RunConfig, spec: AdapterSpec) -> _Rows:

@@ -10,15 +10,13 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import NamedTuple
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from fedpeft.commands.checks import Check, failed, ok, skipped, warning
 from fedpeft.config.node import ServerConfig
+from fedpeft.errors import ConfigError
+from fedpeft.node_key import private_key
 
 SECONDS = 5.0
 """How long the server may take to answer each time."""
@@ -153,30 +151,21 @@ def _clock(server: ServerConfig, now: datetime) -> Check:
     return ok("clock", f"{abs(skew):.0f} seconds from the server's")
 
 
-class _Kind(NamedTuple):
-    curve: type[ec.EllipticCurve]
-    name: str
-
-
-_WANTED = _Kind(ec.SECP384R1, "ECDSA P-384 in OpenSSH's format, without a password")
-
-
 def _key(server: ServerConfig) -> Check:
     """The node's own key: there, of the kind that Flower wants, and readable by its owner alone."""
-    path, make = Path(server.private_key), "have one made: python -m server.make_certificates"
+    path = Path(server.private_key)
     if not server.private_key:
-        return warning("private key", "none named, so the server cannot tell this node from others", make)
+        return warning(
+            "private key",
+            "none named, so the server cannot tell this node from others",
+            "have one made: python -m server.make_certificates",
+        )
     try:
-        data, mode = path.read_bytes(), stat.S_IMODE(path.stat().st_mode)
-    except OSError as error:
-        return failed("private key", f"{path}: {error.strerror}", "correct server.private_key, or its permissions")
+        private_key(path)
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except ConfigError as error:
+        what, _, remedy = str(error).rpartition("; ")
+        return failed("private key", what, remedy.rstrip("."))
     if mode & 0o077:
         return failed("private key", f"{path} can be read by others ({mode:04o})", f"chmod 600 {path}")
-    try:
-        key = load_ssh_private_key(data, None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        return failed("private key", f"{path} is no private key, or has a password", f"{make} ({_WANTED.name})")
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, _WANTED.curve):
-        found = f"ECDSA {key.curve.name}" if isinstance(key, ec.EllipticCurvePrivateKey) else type(key).__name__
-        return failed("private key", f"{path} is {found}", f"{make} ({_WANTED.name})")
     return ok("private key", "ECDSA P-384, readable by its owner alone")

@@ -5,6 +5,47 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fedpeft.config.fields import Choice, Table, choice, require, require_range
+from fedpeft.privacy import Channel
+
+
+@dataclass(frozen=True)
+class PlainChannel:
+    """The server sees every update."""
+
+    def build(self) -> Channel | None:
+        """No channel of its own."""
+        return None
+
+
+@dataclass(frozen=True)
+class SecureChannel:
+    """The server sees the sum of updates and none of them: secure aggregation.
+
+    An update is clipped to `clip_norm` and sent as integers of `bits` bits. A sum is of `least_cohort` clients at
+    least, `dropout` of whom may fall silent, and `colluding` of whom may be in league with a hostile server. Where
+    messages are `signed`, every node must name its `peers`, and no server can pass for one of them.
+    """
+
+    clip_norm: float = 10.0
+    bits: int = 24
+    least_cohort: int = 3
+    dropout: float = 0.3
+    colluding: float = 0.0
+    signed: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.clip_norm > 0, "clip_norm", expected="a number above 0", found=self.clip_norm)
+        require_range(self, "bits", 8, 32)
+        require_range(self, "least_cohort", 2)
+        require_range(self, "dropout", 0.0, 0.49)
+        require_range(self, "colluding", 0.0, 0.49)
+
+    def build(self) -> Channel:
+        """The channel that these settings describe."""
+        return Channel(self.clip_norm, self.bits, self.least_cohort, self.dropout, self.colluding, signed=self.signed)
+
+
+CHANNELS = Table("kind", {"plain": PlainChannel, "secure": SecureChannel})
 
 
 @dataclass(frozen=True)
@@ -99,6 +140,7 @@ class FederationConfig:
     most_update_norm: float = 0.0
     most_examples: int = 0
     ranks: Choice = choice(RANKS, "equal")
+    channel: Choice = choice(CHANNELS, "plain")
     failures: FailuresConfig = field(default_factory=FailuresConfig)
 
     def __post_init__(self) -> None:

@@ -1,7 +1,6 @@
 """The settings of one node: what its operator decides, and no server can change.
 
-They stand in a TOML file on the node. A profile of `clients/profiles` may lie below them: what the node's own file
-says wins.
+They stand in a TOML file on the node. A profile may lie below them: what the node's own file says wins.
 """
 
 from __future__ import annotations
@@ -19,8 +18,11 @@ from fedpeft.config.parse import build, overlay, read_tree
 from fedpeft.config.training import NODE_SETTINGS, ModelConfig
 from fedpeft.errors import ConfigError, sentence
 
-PROFILES = Path(__file__).resolve().parents[2] / "clients" / "profiles"
-"""Where the profiles are that a node file may name."""
+PROFILES = Path(__file__).resolve().parents[1] / "nodes" / "profiles"
+"""Where the profiles are that come with fedpeft."""
+
+OWN_PROFILES = "profiles"
+"""The folder beside a node's file in which its operator may have others; they win over those that come with fedpeft."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class ServerConfig:
     `address` is `host:port`. `root_certificates` is the file of the authority that signed the server's certificate,
     `private_key` that of the node's own key (ECDSA P-384). Without TLS only where `insecure` says so. With
     `trusted_entities` (a YAML file of Ed25519 keys by their id) the node runs no app that none of them has signed.
+    The node says every `heartbeat_seconds` that it is alive; of one that is silent for twice as long the server
+    believes that it has gone.
     """
 
     address: str = "127.0.0.1:9092"
@@ -37,8 +41,10 @@ class ServerConfig:
     private_key: str = ""
     insecure: bool = False
     trusted_entities: str = ""
+    heartbeat_seconds: int = 30
 
     def __post_init__(self) -> None:
+        require_range(self, "heartbeat_seconds", 10, 1800)
         host, port = self.host, self.address.rpartition(":")[2]
         valid = bool(host) and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536
         plain = re.search(r"[\s/@?#]", self.address) is None
@@ -100,8 +106,9 @@ class LimitsConfig:
 
     `batch_size` is the most examples that are computed at once: a larger batch is computed in parts and accumulated.
     `threads` of torch. A run that would take more than `memory_gigabytes` (10⁹ bytes) is refused before it trains,
-    and a round that has taken `round_minutes` ends in a refusal. `tokens` bounds how long the rows are that a run may
-    ask for.
+    and bases of other runs that stay in memory leave it when they would be in the way. A round that has taken
+    `round_minutes` ends in a refusal. `tokens` bounds how long the rows are that a run may ask for. What the node keeps
+    on its disk between rounds is that of the last `kept_runs`, of `kept_gigabytes` in all, the run at work apart.
     """
 
     batch_size: int = 0
@@ -109,6 +116,8 @@ class LimitsConfig:
     memory_gigabytes: float = 0.0
     round_minutes: float = 0.0
     tokens: int = 0
+    kept_runs: int = 20
+    kept_gigabytes: float = 0.0
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -119,17 +128,23 @@ class LimitsConfig:
 class RequiredConfig:
     """The protections without which this node takes no part; 0 or false asks for none.
 
-    `clip_norm` is the greatest norm of an update that the node sends, `noise_multiplier` the least noise that is added
-    to updates, in units of that norm, and `secure_aggregation` that the server sees no update alone.
+    `clip_norm` is the greatest norm of an update that the node sends, `noise_multiplier` the least noise that the node
+    itself adds to its updates, in units of that norm, `promised_noise_multiplier` the least that the node or the server
+    adds, which for the server's the node has only its word, `secure_aggregation` that the server sees no update alone,
+    and `least_cohort` the fewest clients in a sum that the server sees.
     """
 
     clip_norm: float = 0.0
     noise_multiplier: float = 0.0
+    promised_noise_multiplier: float = 0.0
     secure_aggregation: bool = False
+    least_cohort: int = 0
 
     def __post_init__(self) -> None:
         require_range(self, "clip_norm", 0.0)
         require_range(self, "noise_multiplier", 0.0)
+        require_range(self, "promised_noise_multiplier", 0.0)
+        require_range(self, "least_cohort", 0)
 
 
 @dataclass(frozen=True)
@@ -137,15 +152,17 @@ class NodeConfig:
     """Everything that a node's operator decides.
 
     `partition` is the node's number in the federation, from 0. `rank` is the greatest rank that it trains at (0: what
-    the run gives it). `port` is that of the node's own API, on 127.0.0.1. `profile` names a file of `clients/profiles`
-    whose values stand below this file's (empty: none). `data` is where its rows are; `bundled` is its share of the
-    bundled data that the run names.
+    the run gives it). `port` is that of the node's own API, on 127.0.0.1. `profile` names a profile whose values stand
+    below this file's (empty: none): one that comes with fedpeft, or `profiles/NAME.toml` beside this file. `data` is
+    where its rows are; `bundled` is its share of the bundled data that the run names. `peers` is a folder with the
+    public keys of all nodes, `node-PARTITION.pub`: in secure sums this node then deals with those alone.
     """
 
     partition: int = 0
     profile: str = ""
     rank: int = 0
     port: int = 9094
+    peers: str = ""
     server: ServerConfig = field(default_factory=ServerConfig)
     model: HeldModel = field(default_factory=HeldModel)
     data: Choice = choice(SOURCES, "bundled")
@@ -156,12 +173,15 @@ class NodeConfig:
         require_range(self, "partition", 0, 2**31 - 1)
         require_range(self, "rank", 0)
         require_range(self, "port", 0, 65535)
+        signs = not self.peers or bool(self.server.private_key)
+        remedy = "name server.private_key, or no peers"
+        require(signs, "peers", expected="a private key beside them, to sign with", found="none", remedy=remedy)
         require(
             re.fullmatch(r"[a-z0-9_-]{0,64}", self.profile) is not None,
             "profile",
             expected=f"one of {', '.join(profiles())}",
             found=self.profile,
-            remedy="name a file of clients/profiles without its .toml",
+            remedy="name one of them, or a file of the folder profiles beside this file without its .toml",
         )
 
 
@@ -176,22 +196,23 @@ def load_node(path: Path, overrides: Iterable[str] = ()) -> NodeConfig:
     own = overlay(NodeConfig, read_tree(path), overrides)
     node = build(NodeConfig, own)
     if node.profile:
-        node = build(NodeConfig, overlay(NodeConfig, own, (), below=_profile(node.profile)))
+        below = _profile(node.profile, path.absolute().parent / OWN_PROFILES)
+        node = build(NodeConfig, overlay(NodeConfig, own, (), below=below))
     return _placed(node, path.absolute().parent)
 
 
-def profiles() -> tuple[str, ...]:
-    """The names of the profiles there are."""
-    return tuple(sorted(path.stem for path in PROFILES.glob("*.toml")))
+def profiles(own: Path | None = None) -> dict[str, Path]:
+    """The file of each profile, by its name: those that come with fedpeft, and over them those of the folder `own`."""
+    found = {path.stem: path for folder in (PROFILES, own) if folder for path in folder.glob("*.toml")}
+    return dict(sorted(found.items()))
 
 
-def _profile(name: str) -> dict[str, Any]:
-    if name not in profiles():
-        known = ", ".join(profiles()) or "none"
-        raise ConfigError(
-            sentence("profile", expected=f"one of {known}", found=repr(name), remedy="name one of them, or none")
-        )
-    return read_tree(PROFILES / f"{name}.toml")
+def _profile(name: str, own: Path) -> dict[str, Any]:
+    known = profiles(own)
+    if name not in known:
+        expected, remedy = f"one of {', '.join(known) or 'none'}", f"name one of them, or none, or write it into {own}"
+        raise ConfigError(sentence("profile", expected=expected, found=repr(name), remedy=remedy))
+    return read_tree(known[name])
 
 
 def _placed(node: NodeConfig, folder: Path) -> NodeConfig:
@@ -206,6 +227,7 @@ def _placed(node: NodeConfig, folder: Path) -> NodeConfig:
     }
     return replace(
         node,
+        peers=placed(node.peers),
         server=replace(
             node.server,
             root_certificates=placed(node.server.root_certificates),

@@ -11,6 +11,7 @@ from fedpeft.config.data import DataConfig
 from fedpeft.config.federation import FederationConfig
 from fedpeft.config.fields import Choice, choice, require, require_range
 from fedpeft.config.observation import ObservationConfig
+from fedpeft.config.privacy import PRIVACY
 from fedpeft.config.tasks import TASKS
 from fedpeft.config.training import EvaluationConfig, ModelConfig, TrainingConfig
 
@@ -50,6 +51,7 @@ class RunConfig:
     federation: FederationConfig = field(default_factory=FederationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    privacy: Choice = choice(PRIVACY, "none")
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     observation: ObservationConfig = field(default_factory=ObservationConfig)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,21 +18,26 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedpeft.assets import cache_folder
-from fedpeft.client import Site
+from fedpeft.client import Learner, Site
 from fedpeft.config import RunConfig, digest
 from fedpeft.config.node import NodeConfig, load_node
 from fedpeft.config.training import NODE_SETTINGS, ModelConfig
 from fedpeft.data.fields import Row
-from fedpeft.engines.flower_grid import INTRODUCE, INTRODUCTION
+from fedpeft.engines.flower_door import INTRODUCE, INTRODUCTION, TURNED_AWAY
 from fedpeft.engines.flower_messages import to_packet, to_records, to_settings
 from fedpeft.engines.local import answer
-from fedpeft.errors import ConfigError, DataError, FedPeftError, PacketError, sentence
-from fedpeft.experiment import SiteRows, SiteTask, site_of, task_of
+from fedpeft.errors import ConfigError, DataError, FedPeftError, ModelError, PacketError, sentence
+from fedpeft.experiment import SiteRows, SiteTask, adapted_model, site_of, task_of
+from fedpeft.kept import kept
+from fedpeft.loaded import digest_of_base, keeps
+from fedpeft.logs import one_line
 from fedpeft.memory import FolderMemory
+from fedpeft.node_key import peer_keys, private_key
 from fedpeft.nodes import (
     MODEL_VARIABLE,
     WITHOUT_A_FILE,
     followed,
+    make_room,
     require_admissible,
     require_memory,
     require_protections,
@@ -39,10 +46,12 @@ from fedpeft.nodes import (
     rows_of,
     within,
 )
+from fedpeft.privacy.secure.keys import pinned, signing
+from fedpeft.secure_client import Identity
+from fedpeft.skew import Installation
 from fedpeft.tasks import Example, Task
 from fedpeft.training import TorchLearner, training_memory_bytes, use_threads
-from fedpeft.version import VERSION
-from fedpeft.wire import Packet
+from fedpeft.wire import PHASE, PHASES, Packet
 
 __all__ = ["MODEL_VARIABLE", "NODE_VARIABLE", "Example", "Own", "Row", "Task", "client_app", "task_of"]
 
@@ -121,52 +130,123 @@ def _answer(own: Own, message: Message, context: Context) -> Packet:
     started = time.monotonic()
     request = to_packet(message.content)
     if _simulated():
-        if request.kind == INTRODUCE:
-            return _introduction(_partition(context, None))
-        config = to_settings(message.content)
-        use_threads(config.compute.threads)
-        site = _site(config, config, _partition(context, None), own)
+        partition = _partition(context, None)
+        if request.kind in (INTRODUCE, TURNED_AWAY):
+            return _at_the_door(request, partition, lambda: _threaded(to_settings(message.content)))
+        config = _threaded(to_settings(message.content))
+        site = _site(config, config, partition, own)
         return answer(request, site, FolderMemory(Path(config.out) / "memories"))
     file = _node_file(context)
     node = _node(context, file)
     partition = _partition(context, node.config.partition if file else None)
-    if request.kind == INTRODUCE:
-        return _introduction(partition)
+    if request.kind in (INTRODUCE, TURNED_AWAY):
+        return _at_the_door(request, partition, lambda: _local(to_settings(message.content), own, node))
     config = to_settings(message.content)
-    require_admissible(config, node.config)
-    require_protections(config, node.config.required)
+    local = _local(config, own, node)
     require_rank(request, node.rank)
-    site = _real_site(config, partition, own, node)
-    return answer(request, _limited(site, node, request.kind, started), FolderMemory(cache_folder() / "nodes"))
+    site = _site(config, local, partition, own._replace(rows=own.rows or rows_of(node.config)))
+    if request.kind == "fit" and isinstance(site.learner, TorchLearner):
+        _make_room(local, node, require_memory(site.learner, node.config.limits))
+    limits = node.config.limits
+    memories = FolderMemory(cache_folder() / "nodes", limits.kept_runs, int(limits.kept_gigabytes * 1e9))
+    return answer(request, _limited(site, node, started), memories, _transfers(context))
 
 
-def _introduction(partition: int) -> Packet:
-    return Packet(INTRODUCTION, {"version": VERSION, "partition": partition})
+def _make_room(local: RunConfig, node: _Node, wanted_bytes: int = 0) -> None:
+    """What other runs have left in this process's memory is let go where it is in the way, oldest first."""
+    make_room(local, node.config.limits, wanted_bytes)
+    stale = [key for key, site in _site.kept() if not _has_its_model(site.learner)]
+    for key in stale:
+        _site.let_go(*key)
+    if stale:
+        gc.collect()  # a model holds itself in circles
 
 
-def _real_site(config: RunConfig, partition: int, own: Own, node: _Node) -> Site:
-    """The client of `partition` as this node follows the settings."""
-    rows = own.rows or rows_of(node.config)
-    local = followed(config, rows, node.config, dict(node.held))
-    use_threads(local.compute.threads)
-    require_room(local.model, node.config.limits)
-    return _site(config, local, partition, own._replace(rows=rows))
+def _has_its_model(learner: Learner) -> bool:
+    """Whether the model of a kept client is kept too, so that keeping the client costs no more."""
+    return not isinstance(learner, TorchLearner) or keeps(learner.adapted)
 
 
-def _limited(site: Site, node: _Node, kind: str, started: float) -> Site:
-    """`site` with the node's rank and memory, and within its limits.
+def _transfers(context: Context) -> dict[str, float]:
+    """The seconds of sending and receiving that a node which stays warm has measured."""
+    found = {phase: context.node_config.get(f"{PHASE}{phase}") for phase in PHASES}
+    return {phase: float(seconds) for phase, seconds in found.items() if isinstance(seconds, float)}
+
+
+def _at_the_door(request: Packet, partition: int, local: Callable[[], RunConfig]) -> Packet:
+    """Who this node is and what it has; what the server says of it before it may take part is logged.
+
+    A run that this node cannot or will not prepare for, by the settings `local()`, has no digests: its requests are
+    answered with the reason.
+    """
+    if request.kind == TURNED_AWAY:
+        why = one_line(str(request.manifest.get("reason", "it gives no reason")))
+        _logger.warning("the server does not let this node take part: %s", ConfigError(why))
+        return Packet(INTRODUCTION, {**Installation().fields, "partition": partition})
+    own = Installation()
+    if request.manifest.get("version") == own.fedpeft:
+        try:
+            own = _prepared(local())
+        except Exception as error:  # whatever it is, the server hears of it when it asks for more
+            _logger.info("this node could not prepare for the run: %s", error)
+    return Packet(INTRODUCTION, {**own.fields, "partition": partition})
+
+
+def _prepared(local: RunConfig) -> Installation:
+    """What this node has for a run; of a base that the adapter does not fit, its digest alone.
 
     Raises:
-        PacketError: training would take more memory than the node gives.
+        FedPeftError: it has no base for it.
     """
+    try:
+        spec = adapted_model(local).spec
+    except ModelError:
+        return Installation(base=digest_of_base(local))
+    return Installation(base=spec.base_model, adapter=spec.digest)
+
+
+def _local(config: RunConfig, own: Own, node: _Node) -> RunConfig:
+    """The settings as this node follows them.
+
+    Raises:
+        PacketError: it does not.
+    """
+    require_admissible(config, node.config)
+    require_protections(config, node.config.required)
+    local = _threaded(followed(config, own.rows or rows_of(node.config), node.config, dict(node.held)))
+    require_room(local.model, node.config.limits)
+    _make_room(local, node)
+    return local
+
+
+def _threaded(config: RunConfig) -> RunConfig:
+    """`config`, with as many threads of torch as it asks for: what is drawn and computed may depend on them."""
+    use_threads(config.compute.threads)
+    return config
+
+
+def _limited(site: Site, node: _Node, started: float) -> Site:
+    """`site` with the node's rank and memory, and within its limits."""
     learner, limits = site.learner, node.config.limits
     memory = training_memory_bytes(learner)
     most = int(limits.memory_gigabytes * 1e9) or memory
     if isinstance(learner, TorchLearner):
-        if kind == "fit":
-            require_memory(learner, limits)
         learner = replace(learner, task=within(learner.task, limits, started))
-    return replace(site, learner=learner, rank=node.rank, memory_bytes=min(memory, most))
+    least, identity = node.config.required.least_cohort, _identity(node.config)
+    return replace(
+        site, learner=learner, rank=node.rank, memory_bytes=min(memory, most), least_cohort=least, identity=identity
+    )
+
+
+def _identity(node: NodeConfig) -> Identity:
+    """Who the node is in secure sums.
+
+    Raises:
+        ConfigError: a key that its file names cannot be read.
+    """
+    if not node.peers:
+        return Identity()
+    return Identity(signing(private_key(Path(node.server.private_key))), pinned(peer_keys(Path(node.peers))))
 
 
 def _node_file(context: Context) -> str:
@@ -219,7 +299,7 @@ def _held(context: Context) -> dict[str, Any]:
     return given
 
 
-@functools.lru_cache(maxsize=256)
+@kept(256)
 def _site(config: RunConfig, local: RunConfig, partition: int, own: Own) -> Site:
     """The client of `partition`, kept for the life of the process; the server knows it by `config`."""
     return replace(site_of(local, partition, own.rows, own.task), config=digest(config))

@@ -22,6 +22,9 @@ from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 
 from fedpeft.errors import PacketError, sentence
 
+MOST_OBJECTS = 1024
+"""A message of ours is a handful of objects and one more for each 5 MB; what has more is not ours."""
+
 _EMPTY: dict[type[InflatableObject], Callable[[], InflatableObject]] = {
     Array: lambda: Array("", (), "", b""),
     ArrayRecord: lambda: ArrayRecord({}),

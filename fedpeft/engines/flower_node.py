@@ -4,54 +4,60 @@ Flower's own SuperNode starts a process for every message, which loads torch, tr
 runs whatever code the server has bundled with the run. This node keeps the model between messages and runs only what
 is installed here: of what the server sends it reads messages, and nothing else. To the server it is a SuperNode.
 
-It leans on Flower's `fleet_http_connection`, which is no public interface; versions are pinned, and a test holds it.
+It leans on Flower's connection of a SuperNode, which is no public interface; versions are pinned, and a test holds it.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
     get_all_nested_objects,
     get_object_tree,
     iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPushError,
     pull_and_inflate_object_from_tree,
     push_object_contents_from_iterable,
 )
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.supernode.fleet_http_connection import http_request_response
 
 from fedpeft.config.node import NodeConfig
-from fedpeft.engines.flower_guard import guard
+from fedpeft.engines.flower_guard import MOST_OBJECTS, guard
+from fedpeft.engines.flower_patience import patient_connection
 from fedpeft.errors import ConfigError, sentence
+from fedpeft.node_key import private_key
+from fedpeft.wire import PHASE
 
-POLL_SECONDS = 0.2
-"""How long the node waits before it asks again whether there is a message."""
+POLL_SECONDS, MOST_POLL_SECONDS = 0.2, 3.0
+"""How long the node waits at least and at most before it asks again whether there is a message."""
 
 _MOST_BYTES = 8 * 10**9
 """The greatest array that is read where the node's file has no bound on memory."""
 
+UNSENT = -1.0
+"""In place of the seconds that the last answer took to send, where there was none."""
+
 _ERROR_SECONDS = 2.0
 """How long it waits after something that went wrong, so that a server that is ill is not asked all the time."""
 
-MOST_OBJECTS = 1024
-"""A request is a handful of objects and one more for each 5 MB; what has more is not ours."""
+_MOST_OFFERS = 10
+"""How often an answer is offered of which the server refuses parts."""
 
 _TIMES = "round %s: %.3f s of work, %.3f s to receive it, %.3f s to send the answer"
 
@@ -89,34 +95,51 @@ def serve(node: NodeConfig, app: ClientApp) -> None:
     with _stoppable(), connected(node) as uplink:
         _logger.info("connected as node %d", uplink.node)
         try:
+            sent, waiting_since = UNSENT, time.monotonic()
             while True:
-                if not answer_next(uplink, app, _node_config(node)):
-                    time.sleep(POLL_SECONDS)
+                done = answer_next(uplink, app, {**_node_config(node), f"{PHASE}send": sent})
+                if done is None:
+                    time.sleep(pause_after(time.monotonic() - waiting_since))
+                else:
+                    sent, waiting_since = done, time.monotonic()
         except Stopped:
             _logger.info("stopped")
 
 
-def answer_next(uplink: Uplink, app: ClientApp, node_config: dict[str, Any]) -> bool:
-    """Whether there was a message; if so, it has been answered, or refused with a line in the log."""
+def pause_after(waited_seconds: float) -> float:
+    """The pause before the node asks again: a tenth of the time that it has waited for a message, within bounds.
+
+    So no message waits a tenth longer than it must, and a node that is idle costs its line little.
+    """
+    return min(MOST_POLL_SECONDS, max(POLL_SECONDS, waited_seconds / 10))
+
+
+def answer_next(uplink: Uplink, app: ClientApp, node_config: dict[str, Any]) -> float | None:
+    """The seconds that it took to send the answer to the next message, UNSENT for one refused with a line in the log.
+
+    None where there was no message. The app finds the seconds of receiving it in its node config.
+    """
     message = None
     try:
         received = uplink.receive()
         if received is None:
-            return False
+            return None
         begun = time.perf_counter()
         message = _whole(uplink, *received)
         started = time.perf_counter()
-        reply = _reply(app, message, Context(message.metadata.run_id, uplink.node, node_config, RecordDict(), {}))
+        config = {**node_config, f"{PHASE}receive": started - begun}
+        reply = _reply(app, message, Context(message.metadata.run_id, uplink.node, config, RecordDict(), {}))
         answered = time.perf_counter()
         _send(uplink, reply, answered - started)
         sent = time.perf_counter()
         _logger.info(_TIMES, message.metadata.group_id or "0", answered - started, started - begun, sent - answered)
+        return sent - answered
     except RunNotRunningException:
         _logger.info("a message of a run that has ended is passed over")
     except Exception as error:  # a server that sends nonsense, or a line that is down, must not end the node
         _logger.warning("a message could not be %s: %s", "read" if message is None else "answered", _said(error))
         time.sleep(_ERROR_SECONDS)
-    return True
+    return UNSENT
 
 
 @contextmanager
@@ -127,10 +150,11 @@ def connected(node: NodeConfig) -> Iterator[Uplink]:
         ConfigError: the node's key cannot be read.
         SystemExit: there is no connection; Flower says why.
     """
-    key = None if node.server.insecure else _private_key(Path(node.server.private_key))
+    key = None if node.server.insecure else private_key(Path(node.server.private_key))
     keys = None if key is None else (key, key.public_key())
     roots = None if node.server.insecure else node.server.root_certificates
-    with http_request_response(node.server.address, node.server.insecure, roots, keys) as found:
+    server = node.server
+    with patient_connection(server.address, server.insecure, roots, keys, server.heartbeat_seconds) as found:
         yield Uplink(*found)
 
 
@@ -188,37 +212,42 @@ def _reply(app: ClientApp, message: Message, context: Context) -> Message:
 
 
 def _send(uplink: Uplink, reply: Message, seconds: float) -> None:
+    """The server has all of `reply`, each part once.
+
+    A part that is there already is refused when it is sent again, because word of its arrival was lost on the way; so
+    after a refusal the server is asked what it still lacks.
+
+    Raises:
+        ConnectionError: it refuses parts time and again.
+    """
     reply.metadata.__dict__["_message_id"] = reply.object_id
     with no_object_id_recompute():
-        tree = get_object_tree(reply)
-        parts = get_all_nested_objects(reply)
-        wanted, session = uplink.send(reply, tree, seconds)
-        run = reply.metadata.run_id
-        push_object_contents_from_iterable(
-            ((name, part.deflate()) for name, part in parts.items() if name in wanted),
-            push_object_fn=lambda name, content: uplink.push(run, session, name, content),
-        )
+        tree, parts = get_object_tree(reply), get_all_nested_objects(reply)
+        for attempt in range(_MOST_OFFERS):
+            wanted, session = uplink.send(reply, tree, 0.0 if attempt else seconds)
+            push = functools.partial(uplink.push, reply.metadata.run_id, session)
+            if _pushed(push, {name: part for name, part in parts.items() if name in wanted}):
+                return
+    raise ConnectionError("the server refuses parts of the answer")
+
+
+def _pushed(push: Callable[[str, bytes], None], parts: Mapping[str, InflatableObject]) -> bool:
+    """Whether the server took all of the parts; those that it refuses do not keep the others back."""
+    refused: list[str] = []
+
+    def push_one(name: str, content: bytes) -> None:
+        try:
+            push(name, content)
+        except ObjectPushError:
+            refused.append(name)
+
+    push_object_contents_from_iterable(((name, part.deflate()) for name, part in parts.items()), push_one)
+    return not refused
 
 
 def _node_config(node: NodeConfig) -> dict[str, Any]:
     rank = {"rank": node.rank} if node.rank else {}
     return {"partition-id": node.partition, **rank}
-
-
-def _private_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    try:
-        key = load_ssh_private_key(path.read_bytes(), None)
-    except (OSError, ValueError) as error:
-        raise _no_key(path, str(error).splitlines()[0]) from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise _no_key(path, type(key).__name__)
-    return key
-
-
-def _no_key(path: Path, found: str) -> ConfigError:
-    remedy = "make one with python -m server.make_certificates"
-    place = f"server.private_key, {path}"
-    return ConfigError(sentence(place, expected="an ECDSA key in OpenSSH's form", found=found, remedy=remedy))
 
 
 def _said(error: BaseException) -> str:

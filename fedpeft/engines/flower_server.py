@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedpeft.config import RunConfig, load
 from fedpeft.config.observation import ObservationConfig
+from fedpeft.engines.flower_answers import answers_over
 from fedpeft.engines.flower_grid import GridTransport
 from fedpeft.engines.flower_guard import guard
 from fedpeft.errors import ConfigError, FedPeftError, sentence
@@ -21,6 +22,7 @@ from fedpeft.experiment import adapted_model, resolve, strategy_of
 from fedpeft.federate import federate
 from fedpeft.logs import speak_through
 from fedpeft.runs import RunFolder, folder_for, reopen
+from fedpeft.skew import Installation
 
 _MOST_ADAPTERS = 2
 """An answer is an adapter's change and at most a control variate as large."""
@@ -74,7 +76,11 @@ def _serve(grid: Grid, asked: Mapping[str, Any], root: Path) -> None:
     folder, config, resume = planned(asked, root)
     speak_through(logging.getLogger("flwr"), config.observation.log_format)
     _logger.info("the run folder is %s", folder.root)
-    guard(_MOST_ADAPTERS * strategy_of(config).codec.size(adapted_model(config).spec))
-    transport = GridTransport(grid, replace(config, observation=ObservationConfig()))
+    spec = adapted_model(config).spec
+    most_bytes = _MOST_ADAPTERS * strategy_of(config).codec.size(spec)
+    guard(most_bytes)
+    server = Installation(base=spec.base_model, adapter=spec.digest)
+    sent, answers = replace(config, observation=ObservationConfig()), answers_over(grid, most_bytes)
+    transport = GridTransport(grid, sent, server=server, answers=answers)
     transport.wait_for(config.federation.clients, config.federation.deadline_seconds)
-    federate(config, folder, transport, engine="flower", resume=resume)
+    federate(config, folder, transport, engine="flower", resume=resume, refused=transport.refused)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import ConfigError, FederationError, sentence
+from fedpeft.experiment import adapted_model
+from fedpeft.skew import Installation
 from fedpeft.wire import Transport
 
 if TYPE_CHECKING:
@@ -76,10 +78,12 @@ def _serve(config: RunConfig, run_server: Callable[[Transport], T], over: Callab
         if failures:
             raise FederationError(_ended(failures[0]))
 
+    spec = adapted_model(config).spec
+    server = Installation(base=spec.base_model, adapter=spec.digest)
     thread = threading.Thread(target=simulate, name="flower-simulation", daemon=True)
     thread.start()
     try:
-        transport = over(_first(grids, check), config, check)
+        transport = over(_first(grids, check), config, check, server)
         transport.wait_for(config.federation.clients, config.federation.deadline_seconds)
         return run_server(transport)
     finally:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fedpeft.adapters import AdapterState, Factors, Tensors
-from fedpeft.updates import ServerState, Update
+from fedpeft.updates import Privacy, ServerState, Update
 
 WEIGHTS: Mapping[str, Callable[[Update], float]] = {
     "examples": lambda update: float(update.examples),
@@ -34,12 +34,14 @@ class Merged:
     """What a round comes to.
 
     `delta` moves the adapter, tensor by tensor, at the server's rank. `residual` is what the base takes up, by
-    module path. `measures` are figures for the journal, by name, some by module.
+    module path. `measures` are figures for the journal, by name, some by module. `privacy` is what a private merge goes
+    on with (None: it is none).
     """
 
     delta: Tensors
     residual: Mapping[str, Factors] = field(default_factory=dict)
     measures: Mapping[str, float | Mapping[str, float]] = field(default_factory=dict)
+    privacy: Privacy | None = None
 
 
 class Merge(NamedTuple):
@@ -69,3 +71,8 @@ class Merge(NamedTuple):
     whole: bool = False
     drifts: bool = False
     least: int = 1
+
+    @property
+    def mean(self) -> bool:
+        """Whether the result is the weighted mean of updates, tensor by tensor."""
+        return self.reads == "sum" and self.linear

@@ -3,7 +3,7 @@
 from fedpeft.nodes.admission import require_admissible
 from fedpeft.nodes.following import MODEL_VARIABLE, WITHOUT_A_FILE, followed, rows_of
 from fedpeft.nodes.protections import PROTECTIONS, Protection, require_protections
-from fedpeft.nodes.work import needed_bytes, require_memory, require_rank, require_room, within
+from fedpeft.nodes.work import make_room, needed_bytes, require_memory, require_rank, require_room, within
 
 __all__ = [
     "MODEL_VARIABLE",
@@ -11,6 +11,7 @@ __all__ = [
     "WITHOUT_A_FILE",
     "Protection",
     "followed",
+    "make_room",
     "needed_bytes",
     "require_admissible",
     "require_memory",

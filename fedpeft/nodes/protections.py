@@ -11,6 +11,7 @@ from typing import Any
 
 from fedpeft.config import RunConfig
 from fedpeft.config.node import RequiredConfig
+from fedpeft.config.privacy import LocalPrivacy, Promise
 from fedpeft.errors import PacketError, sentence
 
 
@@ -30,12 +31,32 @@ class Protection:
 
 def _clip_norm(config: RunConfig) -> float | None:
     """The norm that all that a node sends is clipped to; control variates travel beside it and are not clipped."""
-    clipped = config.aggregation.stages.clip_norm
+    own = config.privacy.chosen
+    bounds = [config.aggregation.stages.clip_norm, own.clip_norm if isinstance(own, LocalPrivacy) else 0.0]
+    clipped = min((bound for bound in bounds if bound), default=0.0)
     return clipped if clipped and not config.training.scaffold else None
 
 
-def _nothing(config: RunConfig) -> None:
-    """No settings of a run promise this."""
+def _own_noise(config: RunConfig) -> float | None:
+    """The noise that the node adds itself."""
+    own = config.privacy.chosen
+    return own.noise_multiplier if isinstance(own, LocalPrivacy) else None
+
+
+def _any_noise(config: RunConfig) -> float | None:
+    """The noise that the node adds, or that the server promises to add."""
+    promise = config.privacy.chosen
+    return promise.noise_multiplier if isinstance(promise, Promise) else None
+
+
+def _secure(config: RunConfig) -> bool | None:
+    """That the server sees sums alone."""
+    return config.federation.channel.name == "secure" or None
+
+
+def _least_cohort(config: RunConfig) -> int | None:
+    """The fewest clients in a sum; the node also sees to it in every round."""
+    return config.federation.channel.chosen.least_cohort if _secure(config) else None
 
 
 PROTECTIONS: Mapping[str, Protection] = {
@@ -46,16 +67,28 @@ PROTECTIONS: Mapping[str, Protection] = {
         "set aggregation.stages.clip_norm, and training.scaffold to false",
     ),
     "noise_multiplier": Protection(
-        _nothing,
+        _own_noise,
         lambda shown, asked: bool(shown >= asked),
-        "noise of at least {asked} times the clipping norm on updates",
-        "leave this node out, because no run can add noise yet",
+        "noise of at least {asked} times the clipping norm, added by the node itself",
+        "set privacy.mechanism=local, with at least that noise_multiplier",
+    ),
+    "promised_noise_multiplier": Protection(
+        _any_noise,
+        lambda shown, asked: bool(shown >= asked),
+        "noise of at least {asked} times the clipping norm, added by the node or by the server",
+        "set privacy.mechanism=central or local, with at least that noise_multiplier",
     ),
     "secure_aggregation": Protection(
-        _nothing,
+        _secure,
         lambda shown, asked: bool(shown or not asked),
         "secure aggregation",
-        "leave this node out, because no run has secure aggregation yet",
+        "set federation.channel.kind=secure",
+    ),
+    "least_cohort": Protection(
+        _least_cohort,
+        lambda shown, asked: bool(shown >= asked),
+        "secure sums of at least {asked} clients",
+        "set federation.channel.kind=secure and its least_cohort to that",
     ),
 }
 """By the name of the requirement in a node's `required`."""

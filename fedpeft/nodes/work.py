@@ -10,9 +10,11 @@ from typing import Any
 
 from fedpeft.base_weights import held_bytes
 from fedpeft.bases import model_path
+from fedpeft.config import RunConfig
 from fedpeft.config.node import LimitsConfig
 from fedpeft.config.training import ModelConfig
 from fedpeft.errors import FederationError, PacketError, sentence
+from fedpeft.loaded import keep_within
 from fedpeft.tasks import Encoded, Task
 from fedpeft.training import LIBRARY_BYTES, TorchLearner, fit_memory_bytes
 from fedpeft.wire import Packet
@@ -45,11 +47,20 @@ def require_room(model: ModelConfig, limits: LimitsConfig) -> None:
     Raises:
         PacketError: it does not.
     """
-    folder = Path(model_path(model))
-    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    least = stored / 4 * _BYTES[model.weights]
+    least = _least_bytes(model)
     if limits.memory_gigabytes and least > limits.memory_gigabytes * 1e9:
         raise _too_much(f"at least {least / 1e9:.2f} GB for the base alone", limits)
+
+
+def make_room(config: RunConfig, limits: LimitsConfig, wanted_bytes: int = 0) -> None:
+    """Models that this process keeps beside that of `config`, and `wanted_bytes`, fit into the node's memory.
+
+    0 `wanted_bytes` are those of the base of `config` alone, as far as its files tell. Models that were not asked for
+    the longest are let go as long as there is too much.
+    """
+    if limits.memory_gigabytes:
+        wanted = wanted_bytes or int(_least_bytes(config.model))
+        keep_within(config, int(limits.memory_gigabytes * 1e9) - wanted)
 
 
 def needed_bytes(learner: TorchLearner) -> int:
@@ -67,16 +78,18 @@ def needed_bytes(learner: TorchLearner) -> int:
     return libraries + held_bytes(learner.adapted.model) + fixed + int(most * batch)
 
 
-def require_memory(learner: TorchLearner, limits: LimitsConfig) -> None:
-    """Training fits into the memory that the node gives.
+def require_memory(learner: TorchLearner, limits: LimitsConfig) -> int:
+    """The bytes that training takes, which fit into the memory that the node gives; 0 where it sets no bound.
 
     Raises:
-        PacketError: it does not.
+        PacketError: they do not.
     """
-    if limits.memory_gigabytes:
-        needed = needed_bytes(learner)
-        if needed > limits.memory_gigabytes * 1e9:
-            raise _too_much(f"{needed / 1e9:.2f} GB", limits)
+    if not limits.memory_gigabytes:
+        return 0
+    needed = needed_bytes(learner)
+    if needed > limits.memory_gigabytes * 1e9:
+        raise _too_much(f"{needed / 1e9:.2f} GB", limits)
+    return needed
 
 
 def within(task: Task, limits: LimitsConfig, started: float, now: Callable[[], float] = time.monotonic) -> Task:
@@ -99,7 +112,15 @@ def within(task: Task, limits: LimitsConfig, started: float, now: Callable[[], f
 
         return computed
 
-    return task._replace(loss=in_time(task.loss), score=in_time(task.score))
+    losses = task.losses and in_time(task.losses)
+    return task._replace(loss=in_time(task.loss), score=in_time(task.score), losses=losses)
+
+
+def _least_bytes(model: ModelConfig) -> float:
+    """What the base takes at least, by the size of its files; 0 where they are not in a folder."""
+    folder = Path(model_path(model))
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    return stored / 4 * _BYTES[model.weights]
 
 
 def _fit_bytes(learner: TorchLearner, examples: tuple[Encoded, ...]) -> int:

@@ -16,6 +16,7 @@ from fedpeft.report.history import History, Record, history
 from fedpeft.report.merge_plots import merge_plots
 from fedpeft.report.metrics import metric
 from fedpeft.report.plots import comparison_plots, round_plots
+from fedpeft.report.protection import protection_words
 from fedpeft.report.stylesheet import STYLESHEET
 from fedpeft.report.tables import (
     Table,
@@ -31,6 +32,10 @@ from fedpeft.report.units import human_bytes, human_count, human_seconds, percen
 _Figure = tuple[str, str, str]
 _MOST_OPEN_ROWS = 20
 _NO_BREAK_PERCENT = "\u00a0%"
+
+
+_STOPPED = {"early": "stopped early", "budget": "stopped before its privacy budget was exceeded"}
+"""How a run ended that did not go to its last round."""
 
 
 def write_report(run_folder: Path) -> Path:
@@ -82,6 +87,7 @@ def render_page(records: Sequence[Record]) -> str:
         parts.append(_section("What it answers", samples))
     if merges := _merges(run):
         parts.append(_section("How exact the merges were", merges))
+    parts.append(_section("What was protected, and what was not", _paragraphs(protection_words(run))))
     failures = failure_table(records)
     if failures.rows:
         parts.append(_folded(f"Failures ({len(failures.rows)})", failures, "words"))
@@ -126,7 +132,7 @@ def _moment(time: str) -> str:
 def _state(run: History) -> str:
     if run.end is None:
         return "still going when this page was written"
-    return "stopped early" if run.end.get("stopped") == "early" else "completed"
+    return _STOPPED.get(str(run.end.get("stopped")), "completed")
 
 
 def _lede(run: History) -> str:
@@ -214,6 +220,10 @@ def _merges(run: History) -> str:
     told = f'<p class="words">{html.escape(said.replace(" %", _NO_BREAK_PERCENT))}</p>' if said else ""
     shown = _plots(drawn) if drawn else ""
     return told + shown + (_folded(modules_title(run, modules), modules, "numbers modules") if modules.rows else "")
+
+
+def _paragraphs(sentences: Sequence[str]) -> str:
+    return "".join(f'<p class="words">{html.escape(said)}</p>' for said in sentences)
 
 
 def _samples(run: History) -> str:

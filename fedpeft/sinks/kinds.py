@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -29,3 +30,8 @@ KINDS: Mapping[str, Kind] = {
     "wandb": _kind("wandb", "wandb", "trackers", WANDB_ERROR_REPORTING="false"),
 }
 """The sinks that `observation.sinks` may name."""
+
+
+def remedy_of(kind: Kind) -> str:
+    """What installs the library that a sink of `kind` needs; empty where it is installed."""
+    return "" if importlib.util.find_spec(kind.library) else f"pip install 'fedpeft[{kind.extra}]'"

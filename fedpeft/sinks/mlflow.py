@@ -13,7 +13,7 @@ from fedpeft.sinks.figures import figures_of
 from fedpeft.sinks.sink import About, Record, Sink
 
 _TAG = "fedpeft.run"
-_STATES = {"completed": "FINISHED", "early": "FINISHED", "failed": "FAILED"}
+_STATES = {"completed": "FINISHED", "early": "FINISHED", "budget": "FINISHED", "failed": "FAILED"}
 _MOST_PARAMS, _MOST_METRICS = 100, 500
 
 

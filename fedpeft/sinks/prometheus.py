@@ -75,7 +75,8 @@ class _Metrics:
             labels = (str(failure["partition"]), failure_kind(str(failure["reason"])))
             self._counters["failures"].labels(self._run, *labels).inc()
         for phase, seconds in record["seconds"].items():
-            self._counters["seconds"].labels(self._run, phase).inc(max(0.0, seconds or 0.0))
+            if phase != "nodes":
+                self._counters["seconds"].labels(self._run, phase).inc(max(0.0, seconds or 0.0))
         for name, value in figures_of(record).items():
             self._figure(name.split("/"), value)
 

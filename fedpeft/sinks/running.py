@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 import queue
@@ -16,7 +15,7 @@ from fedpeft.config.observation import ObservationConfig
 from fedpeft.errors import sentence
 from fedpeft.files import write_atomically
 from fedpeft.logs import emit, told
-from fedpeft.sinks.kinds import KINDS
+from fedpeft.sinks.kinds import KINDS, remedy_of
 from fedpeft.sinks.sink import About, Kind, Record, Sink
 
 MOST_WAITING = 1000
@@ -46,8 +45,8 @@ class Sinks:
         """
         for name in self.settings.sinks:
             kind = self._kinds[name]
-            if importlib.util.find_spec(kind.library) is None:
-                remedy = f"run pip install 'fedpeft[{kind.extra}]'; this run goes on without it"
+            if install := remedy_of(kind):
+                remedy = f"run {install}; this run goes on without it"
                 text = sentence(
                     f"observation.sinks {name}", expected=kind.library, found="no such library", remedy=remedy
                 )
@@ -63,7 +62,7 @@ class Sinks:
             worker.put(("round", dict(record)))
 
     def end(self, how: str) -> None:
-        """The run is over: `completed`, `early` or `failed`. The first call counts."""
+        """The run is over: `completed`, `early`, `budget` or `failed`. The first call counts."""
         if self._how:
             return
         self._how = how

@@ -29,7 +29,7 @@ class About:
 class Sink(NamedTuple):
     """An open sink: it has the rounds up to `held`, takes each later one by `round`, and is closed by `end(how)`.
 
-    `how` is `completed`, `early` or `failed`. All three calls come from one thread.
+    `how` is `completed`, `early`, `budget` or `failed`. All three calls come from one thread.
     """
 
     held: int

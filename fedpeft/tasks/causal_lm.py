@@ -16,7 +16,7 @@ from fedpeft.tasks import prompts
 from fedpeft.tasks.packing import collate, pack
 from fedpeft.tasks.prompts import Prompted
 from fedpeft.tasks.task import Batch, Sample, Statistics, Task
-from fedpeft.tasks.tokens import aligned, mean_loss, token_figures, token_sums
+from fedpeft.tasks.tokens import aligned, mean_loss, row_losses, token_figures, token_sums
 
 _SEEN_APART = 1e-3
 """How far a logit may be from itself when a text is packed beside another; without a mask it is far more."""
@@ -35,12 +35,18 @@ def build(settings: CausalLM) -> Task:
         figures=token_figures,
         samples=partial(samples, tokens=settings.sample_tokens),
         admit=admit_packing if settings.packing else None,
+        losses=None if settings.packing else losses,
     )
 
 
 def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The mean cross-entropy over the learned tokens of a batch, a scalar."""
     return mean_loss(_logits(model, batch), batch["labels"][:, 1:])
+
+
+def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The mean cross-entropy over the learned tokens of each text, `(batch,)`."""
+    return row_losses(_logits(model, batch), batch["labels"][:, 1:])
 
 
 def score(model: nn.Module, batch: Batch) -> Statistics:

@@ -63,6 +63,7 @@ def build(settings: ImageClassification) -> Task:
         score=score,
         figures=partial(figures, classes=len(settings.labels)),
         admit=partial(admit, side=settings.image_size) if settings.image_size else None,
+        losses=partial(losses, flip=settings.flip),
     )
 
 
@@ -121,11 +122,12 @@ def loss(model: nn.Module, batch: Batch, *, flip: bool) -> torch.Tensor:
 
     The coins are torch's, whose generator a client sets for each of its rounds; in evaluation none is thrown.
     """
-    if flip and model.training:
-        images = batch["pixel_values"]
-        mirrored = (torch.rand(len(images)) < 0.5).to(images.device)[:, None, None, None]
-        batch = {**batch, "pixel_values": torch.where(mirrored, images.flip(-1), images)}
-    return functional.cross_entropy(_logits(model, batch["pixel_values"]), batch["labels"])
+    return functional.cross_entropy(_logits(model, _seen(model, batch, flip=flip)), batch["labels"])
+
+
+def losses(model: nn.Module, batch: Batch, *, flip: bool) -> torch.Tensor:
+    """The cross-entropy of each image, `(batch,)`, some of them mirrored as for `loss`."""
+    return functional.cross_entropy(_logits(model, _seen(model, batch, flip=flip)), batch["labels"], reduction="none")
 
 
 def score(model: nn.Module, batch: Batch) -> Statistics:
@@ -149,6 +151,15 @@ def admit(model: nn.Module, side: int) -> None:
                 remedy="set it to a multiple of the base's patch, or to 0",
             )
         ) from error
+
+
+def _seen(model: nn.Module, batch: Batch, *, flip: bool) -> torch.Tensor:
+    """The images of a batch, in training with `flip` each mirrored or not."""
+    images = batch["pixel_values"]
+    if not (flip and model.training):
+        return images
+    mirrored = (torch.rand(len(images)) < 0.5).to(images.device)[:, None, None, None]
+    return torch.where(mirrored, images.flip(-1), images)
 
 
 def _logits(model: Any, images: torch.Tensor) -> torch.Tensor:

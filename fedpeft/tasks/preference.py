@@ -56,6 +56,8 @@ def build(settings: Preference) -> Task:
         score=partial(score, settings=settings),
         figures=figures,
         samples=partial(samples, tokens=settings.sample_tokens),
+        losses=partial(losses, settings=settings),
+        copies=2,
     )
 
 
@@ -111,7 +113,12 @@ def loss(model: nn.Module, batch: Batch, *, settings: Preference) -> torch.Tenso
     Source: Rafailov et al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
     eq. 7; label smoothing: Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO", eq. 3.
     """
-    return _losses(*_rewards(model, batch, settings), settings).mean()
+    return losses(model, batch, settings=settings).mean()
+
+
+def losses(model: nn.Module, batch: Batch, *, settings: Preference) -> torch.Tensor:
+    """The DPO loss of each pair, `(batch,)`."""
+    return _losses(*_rewards(model, batch, settings), settings)
 
 
 def score(model: nn.Module, batch: Batch, *, settings: Preference) -> Statistics:

@@ -15,7 +15,7 @@ from fedpeft.data.fields import Row
 from fedpeft.errors import DataError, sentence
 from fedpeft.tasks.examples import IGNORED, Example, mask, padded
 from fedpeft.tasks.task import Batch, Sample, Statistics, Task
-from fedpeft.tasks.tokens import aligned, mean_loss, require_room, row_numbers, token_figures, token_sums
+from fedpeft.tasks.tokens import aligned, mean_loss, require_room, row_losses, row_numbers, token_figures, token_sums
 
 
 def build(settings: Seq2Seq) -> Task:
@@ -30,6 +30,7 @@ def build(settings: Seq2Seq) -> Task:
         score=partial(score, exact_match=settings.exact_match),
         figures=figures,
         samples=samples,
+        losses=losses,
     )
 
 
@@ -84,6 +85,11 @@ def collate(examples: Sequence[Example], pad: int, device: torch.device) -> dict
 def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The mean cross-entropy over the target tokens of a batch, a scalar."""
     return mean_loss(_logits(model, batch), batch["labels"])
+
+
+def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The mean cross-entropy over each target's tokens, `(batch,)`."""
+    return row_losses(_logits(model, batch), batch["labels"])
 
 
 def score(model: nn.Module, batch: Batch, *, exact_match: bool) -> Statistics:

@@ -30,6 +30,7 @@ def build(settings: SequenceClassification) -> Task:
         loss=loss,
         score=score,
         figures=partial(figures, classes=len(settings.labels)),
+        losses=losses,
     )
 
 
@@ -81,6 +82,11 @@ def collate(examples: Sequence[Example], pad: int, device: torch.device) -> dict
 def loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The mean cross-entropy of a batch, a scalar."""
     return functional.cross_entropy(_logits(model, batch), batch["labels"])
+
+
+def losses(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The cross-entropy of each text, `(batch,)`."""
+    return functional.cross_entropy(_logits(model, batch), batch["labels"], reduction="none")
 
 
 def score(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Statistics:

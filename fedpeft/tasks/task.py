@@ -29,6 +29,9 @@ class Task(NamedTuple):
     `figures(statistics)` makes of those of many batches what a journal holds, `rows` and `loss` among it.
     `samples(model, tokenizer, examples)`, where there is one, says for each example what the model answers;
     `admit(model)`, where there is one, raises PlanError for a model that the task cannot be trained on.
+    `losses(model, batch)`, where there is one, are those of a batch's examples `(examples,)`, each the mean over what
+    is learned of it alone, so that none depends on another example; that of a batch of one is its `loss`. An example is
+    `copies` rows of a batch, which has the first rows of all examples in order, then their next ones.
     The model is whatever peft made of the base, so a loss may also run it with its adapter switched off.
     """
 
@@ -42,6 +45,8 @@ class Task(NamedTuple):
     figures: Callable[[Statistics], dict[str, float]]
     samples: Callable[[nn.Module, Any, Sequence[Any]], tuple[Sample, ...]] | None = None
     admit: Callable[[nn.Module], None] | None = None
+    losses: Callable[[nn.Module, Batch], torch.Tensor] | None = None
+    copies: int = 1
 
 
 class Sample(NamedTuple):

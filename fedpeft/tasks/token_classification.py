@@ -17,7 +17,7 @@ from fedpeft.errors import DataError, sentence
 from fedpeft.tasks.examples import IGNORED, Example, mask, padded
 from fedpeft.tasks.spans import spans
 from fedpeft.tasks.task import Batch, Statistics, Task
-from fedpeft.tasks.tokens import aligned, mean_loss, require_room, row_numbers, token_sums
+from fedpeft.tasks.tokens import aligned, mean_loss, require_room, row_losses, row_numbers, token_sums
 
 
 def build(settings: TokenClassification) -> Task:
@@ -31,6 +31,7 @@ def build(settings: TokenClassification) -> Task:
         loss=loss,
         score=lambda model, batch: score(model, batch, settings.labels),
         figures=figures,
+        losses=losses,
     )
 
 
@@ -107,6 +108,11 @@ def collate(examples: Sequence[Example], pad: int, device: torch.device) -> dict
 def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The mean cross-entropy over the words of a batch, a scalar."""
     return mean_loss(_logits(model, batch), batch["labels"])
+
+
+def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The mean cross-entropy over each text's words, `(batch,)`."""
+    return row_losses(_logits(model, batch), batch["labels"])
 
 
 def score(model: nn.Module, batch: Batch, names: Sequence[str]) -> Statistics:

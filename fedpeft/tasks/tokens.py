@@ -31,6 +31,17 @@ def mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return total / kept.sum().clamp_min(1)
 
 
+def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean cross-entropy over the labelled tokens of each row `(rows,)`; logits `(rows, tokens, outputs)`.
+
+    It is taken in float32, and is 0 for a row without any.
+    """
+    kept = labels != IGNORED
+    each = functional.cross_entropy(logits[kept].float(), labels[kept], reduction="none")
+    totals = each.new_zeros(len(labels)).index_add(0, kept.nonzero()[:, 0], each)
+    return totals / kept.sum(1).clamp_min(1)
+
+
 def token_sums(logits: torch.Tensor, labels: torch.Tensor, row: torch.Tensor, rows: int) -> Statistics:
     """Sums over the labelled tokens of each row: `loss`, `tokens` and `hits` (those foretold rightly), each `(rows,)`.
 

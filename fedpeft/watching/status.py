@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpeft.logs import failure_kind, one_line
+from fedpeft.quarantine import REFUSED
 
 Record = Mapping[str, Any]
 
@@ -42,7 +43,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Trouble:
-    """Failures of one partition of one kind: how many, the round of the last, and its words."""
+    """Failures of one partition of one kind: how many, the round of the last, and its words.
+
+    `kind` is what the journal says it was (`fedpeft.quarantine`), in an older journal what its words seem to be about.
+    """
 
     partition: int
     kind: str
@@ -109,7 +113,7 @@ def status_of(records: Sequence[Record], name: str = "") -> Status:
         resumed=sum(record["event"] == "resume" for record in records),
         figures=tuple(_figures(rounds)),
         nodes=tuple(_nodes(rounds)),
-        troubles=tuple(_troubles(rounds)),
+        troubles=tuple(_troubles([*rounds, *(record for record in records if record["event"] == "missed")])),
         clients=int(config.get("federation.clients") or 0),
         seconds=sum(_seconds(record, "total") for record in rounds),
         round_seconds=mean,
@@ -201,14 +205,22 @@ def _quarantined(record: Record) -> dict[int, str]:
     return {int(partition): one_line(str(reason), 80) or "quarantined" for partition, reason in pairs}
 
 
-def _troubles(rounds: Sequence[Record]) -> Iterator[Trouble]:
+def _troubles(records: Sequence[Record]) -> Iterator[Trouble]:
+    """Failures in rounds that were settled and that missed their quorum, and who was refused at the door in them."""
     found: dict[tuple[int, str], list[tuple[int, str]]] = {}
-    for record in rounds:
-        for failure in record["failures"]:
+    for record in sorted(records, key=lambda record: int(record.get("round") or 0)):
+        for failure in (*(record.get("failures") or ()), *_refused(record)):
             words = one_line(str(failure.get("reason", "")), 200)
-            found.setdefault((int(failure["partition"]), failure_kind(words)), []).append((record["round"], words))
+            kind = one_line(str(failure.get("kind") or failure_kind(words)), 40)
+            found.setdefault((int(failure["partition"]), kind), []).append((int(record.get("round") or 0), words))
     for (partition, kind), cases in sorted(found.items(), key=lambda item: (-len(item[1]), item[0])):
         yield Trouble(partition, kind, len(cases), cases[-1][0], cases[-1][1])
+
+
+def _refused(record: Record) -> Iterator[Record]:
+    """Who was not let in while a round lasted, as failures."""
+    for partition, why in (record.get("refused") or {}).items():
+        yield {"partition": partition, "kind": REFUSED, "reason": why}
 
 
 def _phases(rounds: Sequence[Record]) -> dict[str, float]:

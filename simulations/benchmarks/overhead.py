@@ -24,6 +24,7 @@ import torch
 import typer
 
 from fedpeft import checkpoint, journal, rounds
+from fedpeft.batches import batches_from
 from fedpeft.cli import script
 from fedpeft.config import RunConfig, load
 from fedpeft.engines.local import LocalTransport
@@ -31,7 +32,7 @@ from fedpeft.experiment import adapted_model, plan_of, resolve, site_examples, s
 from fedpeft.memory import FolderMemory
 from fedpeft.models import AdaptedModel
 from fedpeft.runs import RunFolder
-from fedpeft.training import batches_from, use_threads
+from fedpeft.training import use_threads
 from fedpeft.updates import ServerState
 
 

@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 from fedpeft.config import Choice, RunConfig
 from fedpeft.config.adapters import Lora
 from fedpeft.config.adapters.rotations import Hra
-from fedpeft.config.federation import RANKS, ByMemory, FailuresConfig, FederationConfig
+from fedpeft.config.federation import CHANNELS, RANKS, ByMemory, FailuresConfig, FederationConfig
 from fedpeft.config.fields import Table
 from fedpeft.config.observation import LOG_FORMATS, SINKS
+from fedpeft.config.privacy import CentralPrivacy
 from fedpeft.config.tasks import TokenClassification
 from fedpeft.config.training import METRICS, ModelConfig
 from fedpeft.merges import MISSING, SPACES, WEIGHTS
 from fedpeft.optimizers import CONVENTIONS
+from fedpeft.privacy import SOURCES
+from fedpeft.privacy.examples import EXAMPLE_SAMPLERS
 
 TEXTS = st.text(max_size=6)
 PLAIN: dict[Any, st.SearchStrategy[Any]] = {
@@ -33,7 +36,12 @@ PLAIN: dict[Any, st.SearchStrategy[Any]] = {
 BOUND: dict[str, st.SearchStrategy[Any]] = {
     "activation": st.sampled_from(["relu", "gelu", "silu"]),
     "alpha_pattern": st.sampled_from([(), ("query = 2.5",), ("layer.0.*=4", "value=8.0")]),
+    "bits": st.integers(8, 32),
     "block_size": st.integers(2, 40),
+    "colluding": st.floats(0.0, 0.49),
+    "dropout": st.floats(0.0, 0.49),
+    "entropy": st.sampled_from(sorted(SOURCES)),
+    "least_cohort": st.integers(2, 40),
     "convention": st.sampled_from(sorted(CONVENTIONS)),
     "delimiter": st.characters(exclude_categories=("Cs",)),
     "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
@@ -56,6 +64,7 @@ BOUND: dict[str, st.SearchStrategy[Any]] = {
     "name": st.from_regex(r"[a-z0-9_-]{1,8}", fullmatch=True),
     "precision": st.sampled_from(["float32", "bfloat16", "float16"]),
     "ranks": st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple),
+    "sampler": st.sampled_from(EXAMPLE_SAMPLERS),
     "seed": st.integers(0, 2**63 - 1),
     "sinks": st.lists(st.sampled_from(sorted(SINKS)), max_size=3, unique=True).map(tuple),
     "source": st.text(min_size=1, max_size=6),
@@ -121,6 +130,24 @@ def _federations(draw: st.DrawFn) -> FederationConfig:
         most_examples=draw(st.integers(0, 10**9)),
         failures=draw(settings_of(FailuresConfig)),
         ranks=draw(_choices(RANKS)),
+        channel=draw(_choices(CHANNELS)),
+    )
+
+
+@st.composite
+def _central(draw: st.DrawFn) -> CentralPrivacy:
+    bands = draw(st.integers(1, 8))
+    drawn = ["everyone", "fixed", "poisson", "reachable"]
+    return CentralPrivacy(
+        clip_norm=draw(st.floats(0.001, 10)),
+        epsilon=draw(st.floats(0, 100)),
+        delta=draw(st.floats(0, 1)),
+        noise_multiplier=draw(st.floats(0, 100)),
+        sampler="poisson" if bands > 1 else draw(st.sampled_from(drawn)),
+        adaptive=bands == 1 and draw(st.booleans()),
+        quantile=draw(st.floats(0.1, 0.9)),
+        bands=bands,
+        entropy=draw(st.sampled_from(sorted(SOURCES))),
     )
 
 
@@ -153,6 +180,7 @@ def _models() -> st.SearchStrategy[ModelConfig]:
 WHOLE: dict[type, Callable[[], st.SearchStrategy[Any]]] = {
     FederationConfig: _federations,
     ByMemory: _by_memory,
+    CentralPrivacy: _central,
     TokenClassification: _token_classifications,
     Lora: _loras,
     ModelConfig: _models,

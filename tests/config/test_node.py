@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fedpeft.config import choose, to_tree
 from fedpeft.config.data import SOURCES, Csv
 from fedpeft.config.node import (
+    PROFILES,
     HeldModel,
     LimitsConfig,
     NodeConfig,
@@ -25,6 +26,7 @@ from fedpeft.config.parse import build
 from fedpeft.errors import ConfigError
 from tests.config.strategies import PLAIN, TEXTS, settings_of
 
+ROOT = Path(__file__).parents[2]
 SERVERS = st.builds(
     ServerConfig,
     address=st.sampled_from(["127.0.0.1:9092", "fed.example.org:1", "[::1]:65535"]),
@@ -130,6 +132,22 @@ def test_a_profile_lies_below_the_file(write: Any) -> None:
     assert profile.model.weights == "bfloat16"
     assert own == replace(profile, rank=2, limits=replace(profile.limits, threads=1))
     assert own != profile
+
+
+def test_a_profile_of_the_nodes_own_wins_over_one_that_comes_with_fedpeft(write: Any, tmp_path: Path) -> None:
+    (tmp_path / "profiles").mkdir()
+    for name in ("laptop", "attic"):
+        (tmp_path / "profiles" / f"{name}.toml").write_text("rank = 3\n")
+        node = load_node(write(f'profile = "{name}"\n'))
+        assert node == replace(NodeConfig(profile=name), rank=3)
+    with pytest.raises(ConfigError, match="expected one of attic, big-gpu, edge-cpu, laptop, one-gpu, found 'cellar'"):
+        load_node(write('profile = "cellar"\n'))
+
+
+def test_the_wheel_has_every_profile() -> None:
+    stated = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["fedpeft"]
+    found = {path.stem for pattern in stated for path in (ROOT / "fedpeft").glob(pattern) if path.parent == PROFILES}
+    assert found == set(profiles()) == {"edge-cpu", "laptop", "one-gpu", "big-gpu"}
 
 
 @pytest.mark.parametrize("name", ["edge-cpu", "laptop", "one-gpu", "big-gpu"])

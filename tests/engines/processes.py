@@ -95,14 +95,14 @@ def mentioning(text: str) -> list[int]:
     return found
 
 
-def until(answer: Callable[[], T | None], seconds: float, what: str, *logs: Path) -> T:
-    """The first answer that is not None, asked for again and again; past `seconds` the test fails with the logs."""
+def until(answer: Callable[[], T | None], seconds: float, what: str, *logs: Path, pause: float = 0.5) -> T:
+    """The first answer that is not None, asked for every `pause`; past `seconds` the test fails with the logs."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found = answer()
         if found is not None:
             return found
-        time.sleep(0.5)
+        time.sleep(pause)
     tails = "\n".join(f"--- {log}\n{log.read_text(errors='replace')[-3000:]}" for log in logs if log.exists())
     raise AssertionError(f"no {what} within {seconds:g} seconds\n{tails}")
 

@@ -1,19 +1,24 @@
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
+from safetensors.numpy import load_file, save_file
 
 from fedpeft.config import RunConfig, digest, override, to_flat
 from fedpeft.engines.flower_client import MODEL_VARIABLE, NODE_VARIABLE, Row, Task, client_app, task_of
 from fedpeft.engines.flower_messages import to_packet, to_records
 from fedpeft.errors import PacketError
 from fedpeft.experiment import adapted_model
+from fedpeft.logs import Line
 from fedpeft.nodes import followed
 from fedpeft.requests import describe_request
+from fedpeft.skew import LIBRARIES, Installation, installed
 from fedpeft.updates import ServerState
 from fedpeft.version import VERSION
 from fedpeft.wire import Packet, Session
@@ -39,9 +44,57 @@ def ask(packet: Packet, *overrides: str, node_config: dict[str, int | str] | Non
     return to_packet(reply.content)
 
 
-def test_a_node_says_who_it_is() -> None:
+def test_a_node_says_who_it_is_and_loads_nothing_for_another_fedpeft(tmp_path: Path) -> None:
     answer = ask(Packet("introduce", {"version": "another"}))
-    assert answer == Packet("introduction", {"version": VERSION, "partition": 4})
+    assert answer == Packet("introduction", {**Installation().fields, "partition": 4})
+    assert {answer.manifest[f"library.{name}"] for name in LIBRARIES} == set(installed().values())
+    assert answer.manifest["base"] == answer.manifest["adapter"] == ""
+
+
+def test_a_node_says_which_base_it_has_and_which_adapter_it_makes_of_it(
+    tiny_model: Path, tiny_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MODEL_VARIABLE, str(tiny_model))
+    config = tiny.run_config(tiny_model, tiny_rows, tmp_path / "run")
+    spec = adapted_model(config).spec
+
+    def says(overrides: Sequence[str], **node_config: int | str) -> dict[str, Any]:
+        message = Message(
+            to_records(Packet("introduce", {"version": VERSION}), to_flat(override(config, overrides))),
+            1,
+            MessageType.QUERY,
+        )
+        context = Context(1, 1, {"partition-id": 1, **node_config}, RecordDict(), {})
+        answer = to_packet(client_app(own_rows)(message, context).content)
+        assert answer.kind == "introduction"
+        return dict(answer.manifest)
+
+    same = Installation(base=spec.base_model, adapter=spec.digest)
+    assert says([]) == {**same.fields, "partition": 1}
+    assert says([], weights="bfloat16") == {**same.fields, "partition": 1}
+    other = says(["adapter.lora.rank=5"])
+    assert (other["base"], other["adapter"] != same.adapter) == (same.base, True)
+    # A base that the adapter does not fit is told all the same.
+    assert says(['adapter.lora.target_modules=["nowhere"]']) == {**same.fields, "adapter": "", "partition": 1}
+    another = shutil.copytree(tiny_model, tmp_path / "another")
+    tensors = load_file(another / "model.safetensors")
+    save_file({key: value + 1 for key, value in tensors.items()}, another / "model.safetensors", {"format": "pt"})
+    monkeypatch.setenv(MODEL_VARIABLE, str(another))
+    assert says([])["base"] not in ("", same.base)
+    # What it has not got, or does not take part in, it says when it is asked for more.
+    monkeypatch.setenv(MODEL_VARIABLE, str(tmp_path / "absent"))
+    assert says([]) == {**Installation().fields, "partition": 1}
+
+
+def test_a_node_that_is_turned_away_logs_why(caplog: pytest.LogCaptureFixture) -> None:
+    why = "libraries of the node: expected peft 0.21, found peft 0.20.0; run there: pip install 'peft==0.21.2'."
+    with caplog.at_level(logging.WARNING, "fedpeft"):
+        ask(Packet("turned_away", {"version": VERSION, "reason": why}))
+        ask(Packet("turned_away", {"version": VERSION, "reason": f"one\nline {'x' * 1000}"}))
+    lines = [Line("text").format(record) for record in caplog.records]
+    assert lines[0].endswith(f"the server does not let this node take part: {why}")
+    assert "one line xxx" in lines[1]
+    assert len(lines[1]) < 700
 
 
 @pytest.mark.parametrize("partition", [None, "4", -1, 1.5, True])

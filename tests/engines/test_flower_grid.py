@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
@@ -21,10 +22,12 @@ from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid import InMemoryGrid
 
 from fedpeft.config import RunConfig, override
+from fedpeft.engines import flower_door
 from fedpeft.engines.flower_grid import GridTransport
 from fedpeft.engines.flower_messages import to_packet, to_records, to_settings
 from fedpeft.errors import FederationError
 from fedpeft.quarantine import REFUSED
+from fedpeft.skew import Installation
 from fedpeft.version import VERSION
 from fedpeft.wire import Failure, Packet
 
@@ -67,8 +70,13 @@ def federation(in_a_flower_run: int) -> Federation:
     return Federation(grid, state)
 
 
-def introduces(partition: object, version: str = VERSION) -> Answer:
-    return lambda message: to_records(Packet("introduction", {"version": version, "partition": partition}))
+def introduces(partition: object, version: str = VERSION, **more: str) -> Answer:
+    """The answer of a node that says no more than nodes did before they told what they have."""
+    return lambda message: to_records(Packet("introduction", {"version": version, "partition": partition, **more}))
+
+
+def has(partition: int, own: Installation) -> Answer:
+    return lambda message: to_records(Packet("introduction", {**own.fields, "partition": partition}))
 
 
 def echo(message: Message) -> RecordDict:
@@ -98,7 +106,7 @@ def test_nodes_are_known_by_the_partitions_that_they_name(federation: Federation
         (introduces(3), "is left out: partition-id: expected 0 to 2, found 3"),
         (introduces(-1), "is left out: partition-id: expected 0 to 2, found -1"),
         (introduces(True), "is left out: partition-id: expected 0 to 2, found True"),
-        (introduces("0"), "is left out: partition-id: expected 0 to 2, found '0'"),
+        (introduces("0"), "is left out: partition-id: expected 0 to 2, found str"),
         (lambda message: Error(2, "it\nbroke"), "it broke (Flower's error 2)"),
         (lambda message: to_records(Packet("failure", {"reason": "no partition"})), "found no partition; correct"),
         (lambda message: RecordDict(), "packet record: expected a ConfigRecord, found none"),
@@ -118,6 +126,116 @@ def test_a_node_that_cannot_take_part_is_left_out_with_a_sentence(
         transport.wait_for(3, 0.0)
 
 
+SERVER = Installation(libraries={"peft": "0.21.2", "torch": "2.13.0"}, base="b1", adapter="a1")
+ANOTHER_PEFT = replace(SERVER, libraries={"peft": "0.20.0", "torch": "2.13.0"})
+TOLD = "libraries of the node: expected peft 0.21, found peft 0.20.0; run there: pip install 'peft==0.21.2'."
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (ANOTHER_PEFT, TOLD),
+        (
+            replace(SERVER, base="b2"),
+            "base model of the node: expected that of asset:minilm, digest b1, found digest b2",
+        ),
+        (replace(SERVER, adapter="a2"), "adapter on the node's base: expected digest a1, found digest a2"),
+        (replace(SERVER, fedpeft="0.0.1"), f"fedpeft: expected {VERSION}, found 0.0.1"),
+    ],
+)
+def test_a_node_that_has_something_else_is_refused_at_the_door_and_told_so(
+    federation: Federation, caplog: pytest.LogCaptureFixture, own: Installation, expected: str
+) -> None:
+    transport, node = GridTransport(federation.grid, CONFIG, server=SERVER), federation.connect()
+    transport.partitions()
+    federation.reply(node, has(2, own))
+    with caplog.at_level(logging.WARNING, "fedpeft"):
+        assert [transport.partitions() for _ in range(3)] == [(), (), ()]
+    assert [f"node {node} is left out: {expected}" in line for line in caplog.messages] == [True]
+    assert [expected in why for why in transport.refused().values()] == [True]
+    assert list(transport.refused()) == [2]
+    heard: list[Packet] = []
+    federation.reply(node, lambda message: heard.append(to_packet(message.content)))
+    assert [(packet.kind, packet.manifest["reason"]) for packet in heard] == [("turned_away", transport.refused()[2])]
+    with pytest.raises(FederationError, match=re.escape(f"without partition 0, 1, 2; refused: {expected}")):
+        transport.wait_for(3, 0.0)
+    reply = dict(transport.exchange({2: Packet("fit", {"round": 1})}, 1.0))[2]
+    assert reply == Failure(transport.refused()[2], REFUSED)
+
+
+def test_a_node_with_another_patch_release_takes_part_with_a_warning(
+    federation: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    transport, node = GridTransport(federation.grid, CONFIG, server=SERVER), federation.connect()
+    transport.partitions()
+    federation.reply(node, has(2, replace(SERVER, libraries={"peft": "0.21.0", "torch": "2.13.0+cu128"})))
+    with caplog.at_level(logging.WARNING, "fedpeft"):
+        assert transport.partitions() == (2,)
+    assert [f"node {node} takes part, though not alike" in line for line in caplog.messages] == [True]
+    assert "run there: pip install 'peft==0.21.2'." in caplog.text
+    assert transport.refused() == {}
+
+
+def test_a_node_that_was_refused_is_asked_again_after_a_while(
+    federation: Federation, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport, node = GridTransport(federation.grid, CONFIG, server=SERVER), federation.connect()
+    transport.partitions()
+    federation.reply(node, has(2, ANOTHER_PEFT))
+    transport.partitions()
+    asked: list[str] = []
+
+    def answers(own: Installation) -> Answer:
+        def answer(message: Message) -> RecordDict | Error | None:
+            asked.append(to_packet(message.content).kind)
+            return has(2, own)(message)
+
+        return answer
+
+    federation.reply(node, answers(SERVER))
+    assert transport.partitions() == ()
+    assert asked == ["turned_away"]
+    monkeypatch.setattr(flower_door, "_RECONSIDER_SECONDS", 0.0)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "fedpeft"):
+        transport.partitions()
+        federation.reply(node, answers(ANOTHER_PEFT))
+        assert transport.partitions() == ()
+    assert not caplog.messages
+    transport.partitions()
+    federation.reply(node, answers(SERVER))
+    assert transport.partitions() == (2,)
+    assert transport.refused() == {}
+    with pytest.raises(FederationError, match="found 1 of 1 nodes usable, without partition 0, 1; start as many"):
+        transport.wait_for(3, 0.0)
+
+
+def test_a_node_that_comes_back_is_asked_anew(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    transport, node = GridTransport(federation.grid, CONFIG), federation.connect()
+    transport.partitions()
+    federation.reply(node, lambda message: None)
+    here = federation.grid.get_node_ids
+    monkeypatch.setattr(federation.grid, "get_node_ids", lambda: [])
+    assert transport.partitions() == ()
+    monkeypatch.setattr(federation.grid, "get_node_ids", here)
+    transport.partitions()
+    federation.reply(node, introduces(1))
+    assert transport.partitions() == (1,)
+
+
+def test_a_node_that_is_silent_is_asked_again_and_both_answers_count_once(
+    federation: Federation, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flower_door, "_STILL_SECONDS", 0.0)
+    transport, node = GridTransport(federation.grid, CONFIG), federation.connect()
+    transport.partitions()
+    transport.partitions()
+    federation.reply(node, introduces(1))
+    with caplog.at_level(logging.WARNING, "fedpeft"):
+        assert [transport.partitions() for _ in range(2)] == [(1,), (1,)]
+    assert not caplog.messages
+
+
 def test_of_two_nodes_with_one_partition_the_first_is_asked(
     federation: Federation, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,9 +253,32 @@ def test_of_two_nodes_with_one_partition_the_first_is_asked(
     federation.reply(second, introduces(1))
     with caplog.at_level(logging.WARNING, "fedpeft"):
         assert transport.partitions() == (1,)
-    assert f"node {second} waits: another node has partition 1 already" in caplog.text
+    told = "partition 1: expected one node that has it, found another that is connected and has it already; "
+    told += "set a number of its own as partition in this node's file, unless it is to stand in for the other."
+    assert f"node {second} waits: {told}" in caplog.text
+    heard: list[Packet] = []
+    federation.reply(second, lambda message: heard.append(to_packet(message.content)))
+    assert [packet.manifest["reason"] for packet in heard] == [told]
     training = True
     request = Packet("fit", {"round": 1})
+    assert dict(transport.exchange({1: request}, 5.0)) == {1: Packet("update", request.manifest)}
+
+
+def test_the_second_of_two_nodes_with_one_partition_stands_in_once_the_first_has_gone(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training: list[bool] = []
+    first, second = federation.connect(), federation.connect()
+    transport = GridTransport(federation.grid, CONFIG, lambda: federation.reply(second, echo) if training else None)
+    transport.partitions()
+    federation.reply(first, introduces(1))
+    transport.partitions()
+    federation.reply(second, introduces(1))
+    assert transport.partitions() == (1,)
+    training.append(True)
+    request = Packet("fit", {"round": 1})
+    assert isinstance(dict(transport.exchange({1: request}, 0.2))[1], Failure)
+    monkeypatch.setattr(federation.grid, "get_node_ids", lambda: [second])
     assert dict(transport.exchange({1: request}, 5.0)) == {1: Packet("update", request.manifest)}
 
 

@@ -61,6 +61,20 @@ def test_memory_is_read_before_and_kept_after(tmp_path: Path) -> None:
     assert store.load(RUN, 0, 2).fields == {"position": 1}
 
 
+def test_a_trained_reply_says_how_long_each_phase_took_and_is_as_long_whatever_is_known(tmp_path: Path) -> None:
+    plain = answer(REQUEST, site(0), FolderMemory(tmp_path))
+    timed = answer(REQUEST, site(0), FolderMemory(tmp_path), {"receive": 0.25, "send": 1.5})
+    phases = [{key: value for key, value in reply.manifest.items() if ".seconds." in key} for reply in (plain, timed)]
+    train = [float(found.pop("metric.seconds.train")) for found in phases]
+    assert phases[0] == {"metric.seconds.receive": -1.0, "metric.seconds.send": -1.0}
+    assert phases[1] == {"metric.seconds.receive": 0.25, "metric.seconds.send": 1.5}
+    for seconds, reply in zip(train, (plain, timed), strict=True):
+        assert 0 <= seconds <= float(reply.manifest["metric.seconds"])
+    assert plain.size_bytes == timed.size_bytes
+    asked = evaluate_request(strategy(), state(), SESSION, 0)
+    assert not [key for key in answer(asked, site(0), FolderMemory(tmp_path)).manifest if ".seconds." in key]
+
+
 @pytest.mark.parametrize(
     ("request_", "breaks", "kind"),
     [

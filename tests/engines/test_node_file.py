@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import logging
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,15 @@ import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
 
 from fedpeft.config import RunConfig, digest, from_tree, override, to_flat, to_tree
+from fedpeft.engines import flower_client
 from fedpeft.engines.flower_client import MODEL_VARIABLE, NODE_VARIABLE, Row, client_app
 from fedpeft.engines.flower_messages import to_packet, to_records
 from fedpeft.experiment import adapted_model, resolve, strategy_of
+from fedpeft.loaded import loaded
+from fedpeft.memory import FolderMemory
+from fedpeft.nodes import needed_bytes
 from fedpeft.requests import describe_request, fit_request
-from fedpeft.updates import ServerState
+from fedpeft.updates import Memory, ServerState
 from fedpeft.wire import Packet, Session
 from tests import tiny
 
@@ -86,9 +92,12 @@ def ask(
 def test_a_node_trains_on_the_rows_that_its_file_names(
     ask: Ask, node_file: Callable[..., Path], rows_file: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> None:
-    update = ask(node=node_file())
+    update = ask(node=node_file(), **{"seconds.receive": 0.25, "seconds.send": -1.0})
     assert update.kind == "update", update.manifest.get("reason")
     assert update.manifest["partition"] == 2
+    phases = {phase: float(update.manifest[f"metric.seconds.{phase}"]) for phase in ("receive", "train", "send")}
+    assert phases["train"] > 0
+    assert (phases["receive"], phases["send"]) == (0.25, -1.0)
 
     def own_rows(config: RunConfig) -> list[Row]:
         with rows_file.open(newline="") as file:
@@ -165,6 +174,40 @@ def test_a_run_that_protects_enough_is_taken_part_in(ask: Ask, node_file: Callab
     update = ask("aggregation.stages.clip_norm=0.001", node=node_file(required="clip_norm = 0.001"))
     assert update.kind == "update"
     assert float(update.manifest["metric.update_norm"]) <= 0.001
+
+
+def test_the_base_of_a_run_before_leaves_memory_where_it_is_in_the_way(
+    ask: Ask, node_file: Callable[..., Path]
+) -> None:
+    def models() -> list[weakref.ref[Any]]:
+        gc.collect()
+        return [weakref.ref(found.model) for _, found in loaded.kept()]
+
+    loaded.cache_clear()
+    flower_client._site.cache_clear()
+    assert ask("seed=1", node=node_file()).kind == "update"
+    ((_, site),) = flower_client._site.kept()
+    needed = needed_bytes(site.learner)  # type: ignore[arg-type]
+    del site
+    first = models()
+    assert ask("seed=2", node=node_file(limits=f"memory_gigabytes = {2 * needed / 1e9}")).kind == "update"
+    assert len(models()) > len(first)
+    assert all(model() is not None for model in first)
+    answer = ask("seed=3", node=node_file(limits=f"memory_gigabytes = {(needed + 1000) / 1e9}"))
+    assert answer.kind == "update", answer.manifest.get("reason")
+    assert len(models()) == len(flower_client._site.kept()) == 1
+    assert all(model() is None for model in first)
+
+
+def test_what_the_oldest_runs_left_on_the_disk_is_removed(
+    ask: Ask, node_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    for partition in (2, 3):
+        FolderMemory(tmp_path / "home" / "nodes").save("old", partition, 1, Memory())
+    assert ask(node=node_file()).kind == "update"
+    assert ask(node=node_file(limits="kept_runs = 1")).kind == "update"
+    left = {str(path.relative_to(tmp_path / "home" / "nodes")) for path in tmp_path.glob("home/nodes/*/*")}
+    assert left == {"old/partition-3", "run/partition-2"}
 
 
 def test_what_rows_hold_and_where_they_are_stays_on_the_node(

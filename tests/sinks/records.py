@@ -26,7 +26,7 @@ def round_record(number: int, **changes: Any) -> dict[str, Any]:
         "learning_rate": 0.01,
         "bytes_up": 100,
         "bytes_down": 200,
-        "seconds": {"total": 2.0, "exchange": 1.5, "merge": 0.25, "evaluate": 0.25},
+        "seconds": {"total": 2.0, "exchange": 1.5, "merge": 0.25, "evaluate": 0.25, "nodes": {"0": {"train": 0.5}}},
         "evaluation": {"accuracy": 0.5, "rows": 10, "groups": {"films & more": {"accuracy": 0.75, "rows": 4}}},
         "client_evaluation": None,
         "merge_error": 0.125,

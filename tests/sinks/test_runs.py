@@ -118,11 +118,11 @@ def test_a_run_that_fails_says_so_in_journal_sinks_and_log(
     assert "Ada" not in caplog.text
 
 
-def test_a_failed_run_goes_on_without_a_trace_of_the_failure(config: Callable[..., RunConfig]) -> None:
+def test_a_failed_run_goes_on_with_no_trace_but_of_the_round_that_was_missed(config: Callable[..., RunConfig]) -> None:
     made = config("run")
     folder = RunFolder(Path(made.out))
     with pytest.raises(QuorumError):
         federate(made, folder, Absent(), engine="local")
     _, again = reopen(Path(made.out), [])
     records = federate(again, folder, transport(again, folder), engine="local", resume=True)
-    assert [record["event"] for record in records] == ["start", "resume", *["round"] * 4, "end"]
+    assert [record["event"] for record in records] == ["start", "missed", "resume", *["round"] * 4, "end"]
