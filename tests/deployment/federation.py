@@ -13,14 +13,24 @@ from tests.engines import processes
 from tests.engines.lab import Lab
 
 NAME = "lab"
+JOINED = "connected as node"
+"""What fedpeft's node says once the server has taken it."""
+
+BEATS = 10
+"""Seconds between two signs of life of a node: the fewest that Flower takes, so that nobody waits long for its end."""
 
 
 @dataclass(frozen=True)
 class Federation:
-    """A server's port and folder; certificates and keys are in `keys`, logs beside them."""
+    """A server's address and folder; certificates and keys are in `keys`, logs beside them.
+
+    Its scripts are started by `within`, which may put them into a network of their own.
+    """
 
     lab: Lab
     port: int
+    host: str = "127.0.0.1"
+    within: tuple[str, ...] = ()
 
     @property
     def keys(self) -> Path:
@@ -35,12 +45,12 @@ class Federation:
 
     def script(self, module: str, *arguments: object) -> str:
         """What one of the project's scripts prints."""
-        return processes.run(line(module, *arguments), self.lab.env, self.lab.app)
+        return processes.run([*self.within, *line(module, *arguments)], self.lab.env, self.lab.app)
 
     def refused(self, module: str, *arguments: object) -> str:
         """The one line on stderr of a script that must refuse."""
         done = subprocess.run(
-            line(module, *arguments),
+            [*self.within, *line(module, *arguments)],
             env=self.lab.env,
             cwd=self.lab.app,
             stdin=subprocess.DEVNULL,
@@ -62,46 +72,59 @@ class Federation:
     def server(self, *more: object) -> Iterator[subprocess.Popen[bytes]]:
         """The server runs inside, and is reachable."""
         log = self.log("server")
-        asked = line("server.start", "--keys", self.keys, "--port", self.port, "--name", NAME, *more)
+        where = ("--keys", self.keys, "--host", self.host, "--port", self.port, "--name", NAME)
+        asked = [*self.within, *line("server.start", *where, *more)]
         with processes.started(asked, self.lab.env, self.lab.app, log) as process:
-            processes.until(lambda: processes.listening(self.port), 60, "server", log)
+            processes.until(self.up, 60, "server", log)
             yield process
+
+    def up(self) -> bool | None:
+        """True once the server can be reached."""
+        if not self.within:
+            return processes.listening(self.port)
+        probe = f"import socket; socket.create_connection(({self.host!r}, {self.port}), 1)"
+        return subprocess.run([*self.within, sys.executable, "-c", probe], capture_output=True).returncode == 0 or None
 
     @contextlib.contextmanager
     def node(
-        self, name: str, number: int, server_port: int, *, warm: bool = False, **paths: Path
+        self,
+        name: str,
+        number: int,
+        address: str,
+        *,
+        profile: str = "",
+        command: tuple[str, ...] | None = None,
+        **paths: Path,
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """The node `name` of partition `number` runs inside, with the certificate and key of that name or `paths`.
+        """The node `name` of partition `number` runs inside and reaches the server at `address`.
 
-        It is Flower's SuperNode, with a rank of its own, or `warm` fedpeft's node, at any rank.
+        It has the certificate and key of its name, or `paths`, and is started by `clients.start`, or by `command`,
+        which takes its file.
         """
         file = self.lab.root / f"{name}.toml"
         ca, key = paths.get("ca", self.keys / "ca.crt"), paths.get("key", self.keys / name)
-        (port,) = processes.free_ports(1)
         file.write_text(
-            f"partition = {number}\nrank = {0 if warm else rank(number)}\nport = {port}\n\n"
-            f'[server]\naddress = "127.0.0.1:{server_port}"\n'
-            f'root_certificates = "{ca}"\nprivate_key = "{key}"\n'
+            f'partition = {number}\nport = 0\nprofile = "{profile}"\n\n[model]\ndevice = "cpu"\n\n'
+            f'[server]\naddress = "{address}"\nroot_certificates = "{ca}"\nprivate_key = "{key}"\n'
+            f"heartbeat_seconds = {BEATS}\n"
         )
         env = {**self.lab.env, "FLWR_HOME": str(self.lab.root / f"flwr-{name}")}
-        with processes.started(
-            line("clients.start", file, *(() if warm else ("--supernode",))), env, self.lab.app, self.log(name)
-        ) as process:
+        asked = [*(command or line("clients.start")), str(file)]
+        with processes.started(asked, env, self.lab.app, self.log(name)) as process:
             yield process
 
     def said(self, name: str, text: str) -> bool | None:
         """True once `text` stands in the log of `name`."""
         return True if text in self.log(name).read_text(errors="replace") else None
 
-    def joined(self, *names: str) -> bool | None:
-        """True once all the nodes `names` are online."""
-        states = self.states()
-        return True if all(states.get(name) == "online" for name in names) else None
+    def wait_for(self, *names: str, times: int = 1) -> None:
+        """The nodes `names`, all of fedpeft's own kind, have joined as often as that since they were started."""
 
+        def joined() -> bool | None:
+            said = [self.log(name).read_text(errors="replace").count(JOINED) for name in names]
+            return True if min(said) >= times else None
 
-def rank(number: int) -> int:
-    """The rank of the node of a partition: no two have the same."""
-    return 32 * 2**number
+        processes.until(joined, 200, "nodes online", *map(self.log, names))
 
 
 def line(module: str, *arguments: object) -> list[str]:

@@ -6,150 +6,37 @@ record; `server.run` sees the run to its end. `FEDPEFT_FAULTS=all` is the long f
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
 import signal
-import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from fedpeft import journal
 from fedpeft.runs import RunFolder
-from tests.deployment.federation import NAME, Federation, line, own_process
-from tests.deployment.proxy import Counter, counting_proxy
+from tests.deployment.federation import Federation
 from tests.engines import processes
-from tests.engines.conftest import SHRUNK, adapter
+from tests.engines.conftest import adapter
 from tests.engines.lab import lab_in
+from tests.faults import namespaces
+from tests.faults.world import NODES, PATIENT, ROUNDS, RUN_SECONDS, ProxyLine, World, rounds, running, timeless
 
 pytestmark = [pytest.mark.engines, pytest.mark.assets, pytest.mark.faults]
 
-ROUNDS = 4
-PATIENT = (
-    f"rounds={ROUNDS}",
-    "federation.clients=2",
-    "federation.cohort=2",
-    "federation.quorum=0",
-    "federation.retries=5",
-    "federation.wait_seconds=200",
-    "federation.deadline_seconds=150",
-)
-"""Every round is of both nodes, however long one is away."""
-
-RUN_SECONDS = 500.0
-NODES = ("node-0", "node-1")
-LOGS = ("server", *NODES)
-
-
-@dataclass
-class World:
-    """A server, two nodes that reach it by proxies which can be cut, and what must be closed in the end."""
-
-    federation: Federation
-    proxies: list[Counter]
-    stack: contextlib.ExitStack
-    servers: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    nodes: list[contextlib.ExitStack] = field(default_factory=list)
-
-    def start_server(self) -> None:
-        self.servers.enter_context(self.federation.server())
-
-    def start_nodes(self) -> None:
-        for number, name in enumerate(NODES):
-            life = contextlib.ExitStack()
-            life.enter_context(self.federation.node(name, number, self.proxies[number].port, warm=True))
-            self.nodes.append(life)
-        logs = map(self.federation.log, NODES)
-        processes.until(lambda: self.federation.joined(*NODES), 200, "nodes online", *logs)
-
-    def stop_all(self) -> None:
-        for life in (*self.nodes, self.servers):
-            life.close()
-        self.nodes, self.servers = [], contextlib.ExitStack()
-
-    def child(self, name: str) -> int:
-        """The process that the script of `name` keeps running."""
-        return own_process(self.federation.log(name), "superlink" if name == "server" else "node")
-
-    def run(self, out: Path, *overrides: str, strike: Callable[[World], None] | None = None) -> str:
-        """What `server.run` says of a run in `out`, which `strike` hits once its first round is on record."""
-        lab, log = self.federation.lab, out.with_suffix(".log")
-        sets = [word for item in (*SHRUNK, *PATIENT, *overrides) for word in ("--set", item)]
-        asked = line("server.run", "simulations/demo.toml", "--out", out, "--name", NAME, *sets)
-        env = {**lab.env, "FLWR_HOME": str(self.federation.home)}
-        logs = (log, *map(self.federation.log, LOGS))
-        with processes.started(asked, env, lab.app, log) as process:
-            if strike:
-                processes.until(lambda: rounds(out) or None, RUN_SECONDS, "first round", *logs)
-                strike(self)
-            try:
-                status = process.wait(RUN_SECONDS)
-            except subprocess.TimeoutExpired:
-                status = None
-        said = log.read_text(errors="replace")
-        tails = "\n".join(f"--- {one}\n{one.read_text(errors='replace')[-3000:]}" for one in logs)
-        assert status == 0, f"exit status {status}\n{tails}"
-        return said
-
-
-def rounds(out: Path) -> list[dict[str, Any]]:
-    path = RunFolder(out).journal
-    return [record for record in journal.read(path) if record["event"] == "round"] if path.exists() else []
-
-
-def timeless(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: timeless(item) for key, item in value.items() if key not in ("seconds", "time")}
-    return [timeless(item) for item in value] if isinstance(value, list) else value
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    folder = Path(tempfile.mkdtemp(prefix="fp"))
-    (port,) = processes.free_ports(1)
-    federation = Federation(lab_in(folder), port)
-    federation.script("server.make_certificates", federation.keys, "--nodes", 2)
-    with contextlib.ExitStack() as stack:
-        found = World(federation, [stack.enter_context(counting_proxy(port)) for _ in NODES], stack)
-        stack.callback(found.stop_all)
-        found.start_server()
-        for name in NODES:
-            federation.script("server.nodes", "add", federation.keys / f"{name}.pub")
-        found.start_nodes()
-        yield found
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def calm(world: World) -> Path:
-    """A run that nothing befell."""
-    out = world.federation.lab.root / "calm"
-    assert "cut off" not in world.run(out)
-    return out
+LONG = pytest.mark.skipif(os.environ.get("FEDPEFT_FAULTS") != "all", reason="in the long form: FEDPEFT_FAULTS=all")
+CUT_SECONDS = 5.0
 
 
 def test_nodes_that_stay_warm_give_the_bytes_of_the_in_process_engine(
     calm: Path, in_process: Callable[..., bytes]
 ) -> None:
     assert adapter(calm) == in_process(*PATIENT)
-
-
-def test_a_node_that_stays_warm_loads_the_base_once(world: World, calm: Path) -> None:
-    for name in NODES:
-        found = re.findall(r"round (\d+): ([\d.]+) s of work", world.federation.log(name).read_text(errors="replace"))
-        work = {int(number): float(seconds) for number, seconds in found[: ROUNDS + 1]}
-        assert set(work) == set(range(ROUNDS + 1))
-        later = statistics.median(work[number] for number in range(2, ROUNDS + 1))
-        assert later < work[1], "only the first round loads the base"
 
 
 def kill_node(world: World) -> None:
@@ -159,28 +46,24 @@ def kill_node(world: World) -> None:
 
 def cut_network(world: World) -> None:
     """Both ways, both nodes."""
-    for proxy in world.proxies:
-        proxy.cut.set()
-    time.sleep(8)
-    for proxy in world.proxies:
-        proxy.cut.clear()
+    for way in world.lines:
+        way.cut()
+    time.sleep(CUT_SECONDS)
+    for way in world.lines:
+        way.mend()
 
 
 def slow_node(world: World) -> None:
     """A node that does nothing at all for a while."""
     node = world.child("node-0")
     os.kill(node, signal.SIGSTOP)
-    time.sleep(6)
+    time.sleep(CUT_SECONDS)
     os.kill(node, signal.SIGCONT)
 
 
 def kill_server_app(world: World) -> None:
     """The process that merges, not the SuperLink."""
-    own = [
-        process
-        for process in psutil.Process(world.child("server")).children(recursive=True)
-        if process.status() != psutil.STATUS_ZOMBIE and any("flwr-serverapp" in word for word in process.cmdline())
-    ]
+    own = world.server_app()
     assert own
     for process in own:
         process.kill()
@@ -198,54 +81,97 @@ def reboot(world: World) -> None:
     world.start_nodes()
 
 
-FAULTS: dict[str, tuple[Callable[[World], None], bool]] = {
-    "network cut": (cut_network, True),
-    "slow node": (slow_node, True),
-    "server app killed": (kill_server_app, False),
-    "node killed": (kill_node, True),
-    "superlink killed": (kill_superlink, True),
-    "machines rebooted": (reboot, True),
+FAULTS: dict[str, Callable[[World], None]] = {
+    "network cut": cut_network,
+    "slow node": slow_node,
+    "node killed": kill_node,
+    "superlink killed": kill_superlink,
+    "machines rebooted": reboot,
 }
-"""What strikes, and whether it is left to the long form."""
-
-CHOSEN = [name for name, (_, long) in FAULTS.items() if not long or os.environ.get("FEDPEFT_FAULTS") == "all"]
+"""What strikes in the long form."""
 
 
-@pytest.mark.parametrize("fault", CHOSEN)
-def test_the_run_ends_as_if_nothing_had_happened(world: World, calm: Path, fault: str) -> None:
-    out = world.federation.lab.root / fault.replace(" ", "-")
+def struck(world: World, calm: Path, fault: Callable[[World], None]) -> str:
+    """What `server.run` says of a run that `fault` has struck; it has ended like the calm one, nothing done twice."""
+    out = world.federation.lab.root / fault.__name__
     before: list[dict[str, Any]] = []
 
     def strike(world: World) -> None:
         before.extend(rounds(out))
-        FAULTS[fault][0](world)
+        fault(world)
 
-    world.run(out, strike=strike)
+    said = world.run(out, strike=strike)
     after = rounds(out)
     assert [record["round"] for record in after] == list(range(1, ROUNDS + 1))
     assert [timeless(record) for record in after[: len(before)]] == [timeless(record) for record in before]
     assert adapter(out) == adapter(calm)
     assert len(before) < ROUNDS, "the run was over before the fault struck"
+    return said
 
 
-def test_without_one_of_its_nodes_a_run_goes_on_and_takes_it_back_when_it_returns(world: World, calm: Path) -> None:
-    out = world.federation.lab.root / "lost"
-    impatient = ("federation.quorum=1", "federation.retries=0", "federation.wait_seconds=0", "rounds=12")
-    lost = world.child("node-1")
+def test_when_the_process_of_the_runs_server_is_killed_the_run_goes_on_with_nodes_that_are_still_warm(
+    world: World, calm: Path
+) -> None:
+    assert "the process of the run's server is gone" in struck(world, calm, kill_server_app)
+    for name in NODES:
+        said = world.federation.log(name).read_text(errors="replace")
+        first, *later = [float(seconds) for seconds in re.findall(r"round 0: ([\d.]+) s of work", said)]
+        assert min(later) < first / 4, "only the first introduction loads the base"
+
+
+@LONG
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_run_ends_as_if_nothing_had_happened(world: World, calm: Path, fault: str) -> None:
+    struck(world, calm, FAULTS[fault])
+
+
+@LONG
+@pytest.mark.skipif(not namespaces.possible(), reason="needs the right to make network namespaces; proxies stand in")
+def test_a_cut_between_machines_of_their_own_costs_no_more_than_it_lasts(calm: Path) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="fp"))
+    (port,) = processes.free_ports(1)
+    with namespaces.links(len(NODES), port) as (within, lines):
+        federation = Federation(lab_in(folder), port, namespaces.SERVER_ADDRESS, within)
+        with running(World(federation, lines)) as apart:
+            struck(apart, calm, cut_network)
+            out = federation.lab.root / cut_network.__name__
+            assert not [failure for record in rounds(out) for failure in record["failures"]]
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def working(world: World, number: int) -> None:
+    """Returns once the node has been sent a request, on which it is at work then."""
+    way = world.lines[number]
+    assert isinstance(way, ProxyLine)
+    before = way.proxy.down
+    processes.until(lambda: way.proxy.down > before + 100_000 or None, RUN_SECONDS, "request", pause=0.02)
+
+
+def test_without_one_of_its_nodes_a_run_goes_on_and_what_comes_too_late_is_not_counted(
+    world: World, calm: Path
+) -> None:
+    out, log = world.federation.lab.root / "late", world.federation.log("node-1")
+    impatient = ("federation.quorum=1", "federation.retries=0", "federation.wait_seconds=0", "rounds=7")
+    missed: list[int] = []
+    before = len(log.read_text())
 
     def strike(world: World) -> None:
-        os.kill(lost, signal.SIGSTOP)
-        done = len(rounds(out))
-        processes.until(
-            lambda: len(rounds(out)) >= done + 2 or None, RUN_SECONDS, "two rounds", out.with_suffix(".log")
-        )
-        os.kill(lost, signal.SIGCONT)
+        working(world, 1)
+        frozen = world.child("node-1")
+        os.kill(frozen, signal.SIGSTOP)
+        missed.append(len(rounds(out)) + 1)
+        processes.until(lambda: len(rounds(out)) >= missed[0] or None, RUN_SECONDS, "a round", log)
+        os.kill(frozen, signal.SIGCONT)
 
-    world.run(out, *impatient, "federation.deadline_seconds=10", strike=strike)
-    took_part = [[client["partition"] for client in record["clients"]] for record in rounds(out)]
-    assert len(took_part) == 12
-    assert [0] in took_part
+    world.run(out, *impatient, "federation.deadline_seconds=8", strike=strike)
+    found = rounds(out)
+    assert [record["round"] for record in found] == list(range(1, 8))
+    took_part = [[client["partition"] for client in record["clients"]] for record in found]
+    assert took_part[missed[0] - 1] == [0]
     assert took_part[-1] == [0, 1]
-    missed = [failure for record in rounds(out) for failure in record["failures"]]
-    assert {failure["partition"] for failure in missed} == {1}
-    assert {failure["kind"] for failure in missed} == {"absent"}
+    assert all(partitions in ([0], [0, 1]) for partitions in took_part)
+    failures = [failure for record in found for failure in record["failures"]]
+    assert {(failure["partition"], failure["kind"]) for failure in failures} == {(1, "absent")}
+    assert f"round {missed[0]}: " in log.read_text()[before:], "the answer came all the same"
+    end = journal.read(RunFolder(out).journal)[-1]
+    assert end["bytes_up"] == sum(client["bytes_up"] for record in found for client in record["clients"])
