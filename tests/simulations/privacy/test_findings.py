@@ -1,0 +1,42 @@
+"""Findings go to a file that a journal's reader reads, and come back as they were."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from fedpeft import journal
+from simulations.privacy import findings
+from simulations.privacy.figures import Interval
+from simulations.privacy.findings import Finding
+
+
+def test_findings_come_back_from_their_file(tmp_path: Path) -> None:
+    made = [
+        findings.found("inversion", "one client's delta", "words found", Interval(0.5, 0.4, 0.6), 30),
+        findings.exactly("membership", "the final adapter", "ε proved", 1.25, 100),
+    ]
+    path = tmp_path / "found.jsonl"
+    findings.write(path, made[:1], {"seed": 7})
+    findings.write(path, made[1:], {"seed": 8})
+    assert findings.read(path) == made
+    records = journal.read(path)
+    assert [record["event"] for record in records] == ["attack", "attack"]
+    assert [record["seed"] for record in records] == [7, 8]
+    assert records[0]["n"] == 30
+
+
+def test_a_figure_that_is_none_comes_back_as_none(tmp_path: Path) -> None:
+    path = tmp_path / "found.jsonl"
+    findings.write(path, [Finding("a", "b", "c", math.nan, 0.0, 1.0, 0)], {})
+    (found,) = findings.read(path)
+    assert math.isnan(found.value)
+    assert found.high == 1.0
+
+
+def test_the_table_has_a_line_for_each_finding() -> None:
+    text = findings.table([Finding("a", "b", "c", 0.25, 0.125, 0.5, 8), Finding("a", "b", "d", 3.0, 3.0, 3.0, 8)])
+    lines = text.splitlines()
+    assert len(lines) == 4
+    assert lines[2] == "| a | b | c | 0.250 | 0.125 to 0.500 | 8 |"
+    assert lines[3] == "| a | b | d | 3.000 | – | 8 |"
