@@ -183,6 +183,11 @@ def main(
     if not (ROOT / config).is_file():
         remedy = f"name a file below {ROOT}, because Flower takes it along with the app"
         raise ConfigError(sentence("CONFIG", expected="a settings file", found=repr(config), remedy=remedy))
+    for item in set_ or ():
+        if '"' in item:
+            remedy = "write a list as a,b, or put the setting into the settings file"
+            expected = "no double quotes, which Flower does not pass on"
+            raise ConfigError(sentence("--set", expected=expected, found=item[:100], remedy=remedy))
     run = Run(name, out.absolute(), config, tuple(set_ or ()), flower_environment(home, os.environ))
     see_through(run, Attempts(attempts), lambda text: typer.echo(f"fedpeft: {text}"))
 

@@ -3,7 +3,7 @@
 Flower 1.41 answers on one port to nodes, to the operator and to the app's own processes, and asks nobody but nodes
 for a key: whoever reaches the port could register nodes of his own, and start runs, whose code every node executes.
 Here a request from another machine gets no further than what nodes need, unless it comes from a network that
-`FEDPEFT_CONTROL_FROM` names.
+`FEDPEFT_CONTROL_FROM` names. It also reads a request of a node whole, however long; here it has a bound.
 """
 
 from __future__ import annotations
@@ -29,24 +29,40 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 CONTROL_VARIABLE = "FEDPEFT_CONTROL_FROM"
 """Names the networks, separated by spaces, from which the SuperLink may also be controlled."""
 
+MOST_BODY_BYTES = 32 * 2**20
+"""The longest request of a node: Flower's send an array in pieces of 5 MB."""
+
 _OPEN_PREFIX, _OPEN_PATH = "/v1/fleet/", "/health"
-_FORBIDDEN = b"This address serves nodes alone; control the SuperLink from its own machine.\n"
+_REFUSALS = {
+    403: b"This address serves nodes alone; control the SuperLink from its own machine.\n",
+    411: b"A node says how long its request is.\n",
+    413: b"A node's request is not so long.\n",
+}
 
 
 class NodesOnly:
-    """An ASGI application that lets other machines reach only what nodes need."""
+    """An ASGI application that lets other machines reach only what nodes need, in requests of bounded length."""
 
     def __init__(self, app: App, networks: tuple[Network, ...] = ()) -> None:
         self._app, self._networks = app, networks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on, or answers 403."""
-        if scope["type"] == "lifespan" or _for_nodes(scope) or self._may_control(scope):
+        """Passes the request on, or answers 403, 411 or 413."""
+        status = self._refusal(scope)
+        if not status:
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
-            await send({"type": "http.response.start", "status": 403, "headers": headers})
-            await send({"type": "http.response.body", "body": _FORBIDDEN})
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": _REFUSALS[status]})
+
+    def _refusal(self, scope: Scope) -> int:
+        """The status that refuses the request; 0 where it is passed on."""
+        if scope["type"] == "lifespan":
+            return 0
+        if _for_nodes(scope):
+            return _too_long(scope)
+        return 0 if self._may_control(scope) else 403
 
     def _may_control(self, scope: Scope) -> bool:
         """Whether the request comes from this machine, or from a network that may control."""
@@ -79,6 +95,16 @@ def main() -> None:
     extensions.get_middleware = lambda: (Middleware(NodesOnly, networks=allowed),)
     sys.argv[0] = "flower-superlink"
     flower_superlink()
+
+
+def _too_long(scope: Scope) -> int:
+    """The status that refuses a request by its length, to which the web server holds it; 0 where it is none."""
+    if scope.get("method") != "POST":
+        return 0
+    length = dict(scope.get("headers") or ()).get(b"content-length", b"")
+    if not length.isdigit():
+        return 411
+    return 413 if len(length) > len(str(MOST_BODY_BYTES)) or int(length) > MOST_BODY_BYTES else 0
 
 
 def _for_nodes(scope: Scope) -> bool:

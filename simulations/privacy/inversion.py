@@ -7,7 +7,7 @@ low-rank modules that read single words: those of the first layer's attention. W
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,7 @@ _COMMON = 0.9
 """A word that this share of public rows has is no secret: it begins every text, or belongs to a template."""
 
 _MOST_PICKS = 256
+"""As many words are sought in an update at most, and in an aggregate, which does not say how many there are."""
 
 
 @dataclass(frozen=True)
@@ -89,21 +90,22 @@ class Inversion:
         """
         recorded = record(config)
         public = public_of(config, deal_rows(config).test[:_PUBLIC_ROWS])
-        chosen = _chosen(self, config, recorded, public)
+        chosen = _chosen(self, config, recorded)
         views = [_protected(view, self, config.seed) for view, _ in chosen]
-        scores = words_in(views, public, [size for _, size in map(_sizes, (batch for _, batch in chosen))])
+        scores = words_in(views, public)
         return list(judged(self, scores, [batch for _, batch in chosen], public, rank_of(views[0])))
 
 
-def words_in(views: Sequence[ClientDelta | Aggregate], public: Public, claimed: Sequence[int]) -> list[np.ndarray]:
+def words_in(views: Sequence[ClientDelta | Aggregate], public: Public) -> list[np.ndarray]:
     """For each update, how much each word of the vocabulary looks like one of its batch, `(words,)` (see `search`).
 
-    `claimed` are the tokens that each update says it was trained on; texts are taken to be no longer than that.
+    As many words are sought as the client says that it read; texts are taken to be no longer than public ones.
 
     Raises:
         PlanError: no module reads single words.
     """
     adapters = [view.received if isinstance(view, ClientDelta) else view.before for view in views]
+    claimed = [view.tokens if isinstance(view, ClientDelta) else _MOST_PICKS for view in views]
     inputs = first_inputs(public.adapted, adapters[0], min(_longest(public), max(claimed)))
     whitening = inputs.whitening()
     pieces = [_evidence(view.delta, adapter, inputs, whitening) for view, adapter in zip(views, adapters, strict=True)]
@@ -180,23 +182,18 @@ def _evidence(
 
 
 def _chosen(
-    settings: Inversion, config: RunConfig, recorded: Recorded, public: Public
+    settings: Inversion, config: RunConfig, recorded: Recorded
 ) -> list[tuple[ClientDelta | Aggregate, tuple[Encoded, ...]]]:
     """The updates that are attacked, each with what it was really trained on."""
     if settings.view == "aggregate":
         pairs: list[Any] = [(view, _of_round(recorded, view.round)) for view in recorded.aggregates]
     else:
-        pairs = [(view, recorded.batches[view.round, view.partition]) for view in recorded.clients]
-    if settings.update == "gradient":
-        size = config.training.batch_size
-        pairs = sorted(pairs, key=lambda pair: sum(example.size for example in pair[1][:size]))
-        pairs = [pair for pair in pairs if pair[0].round > settings.after][: settings.most]
-        pairs = [(one_step(config, view, batch[:size]), batch[:size]) for view, batch in pairs]
-    else:
-        pairs = [pair for pair in pairs if pair[0].round > settings.after]
+        pairs = [(view, recorded.batches.get((view.round, view.partition), ())) for view in recorded.clients]
+    first = config.training.batch_size if settings.update == "gradient" else None
+    pairs = [(view, batch[:first]) for view, batch in pairs if view.round > settings.after and batch]
     require_views(pairs, settings.view)
-    del public
-    return sorted(pairs, key=lambda pair: sum(example.size for example in pair[1]))[: settings.most]
+    fewest = sorted(pairs, key=lambda pair: sum(example.size for example in pair[1]))[: settings.most]
+    return [(one_step(config, view, batch), batch) for view, batch in fewest] if first else fewest
 
 
 def _of_round(recorded: Recorded, round_: int) -> tuple[Encoded, ...]:
@@ -214,11 +211,6 @@ def _protected(view: ClientDelta | Aggregate, settings: Inversion, seed: int) ->
         for key, value in view.delta.items()
     }
     return replace(view, delta=noisy)
-
-
-def _sizes(batch: Collection[Encoded]) -> tuple[int, int]:
-    """The texts of a batch, and their tokens."""
-    return len(batch), sum(example.size for example in batch)
 
 
 def _longest(public: Public) -> int:

@@ -155,10 +155,11 @@ def _noted(notes: _Notes, strategy: Strategy, requests: Mapping[int, Packet], re
 
 
 def _note(notes: _Notes, strategy: Strategy, request: Packet, partition: int, reply: Packet | Failure) -> None:
-    if request.kind != "fit" or isinstance(reply, Failure):
+    if request.kind == "evaluate" or isinstance(reply, Failure):
         return
     round_ = int(request.manifest["round"])
-    notes.batches[round_, partition] = tuple(notes.drawn.get(partition, ()))
+    if drawn := notes.drawn.get(partition):
+        notes.batches[round_, partition] = tuple(drawn)
     adapter = notes.states[-1].adapter
     spec = at_rank(adapter.spec, int(request.manifest.get("rank", 0)))
     expected = {key: request.manifest[key] for key in ("version", "run", "config", "spec", "round")}

@@ -78,7 +78,7 @@ def test_who_does_not_fit_is_told_at_the_door_and_a_node_that_is_mended_takes_pa
         stack.enter_context(node(federation, "node-0", 0, ours))
         stack.enter_context(node(federation, "node-3", 0, ours))
         with node(federation, "node-1", 1, ours, path=older), node(federation, "node-2", 1, another):
-            processes.until(lambda: federation.joined(*NODES), SECONDS, "nodes", *logs)
+            federation.wait_for(*NODES)
             run_id = lab.start(NAME, out, *asked)
             told(PEFT, "node-1")
             told(BASE, "node-2")

@@ -7,7 +7,7 @@ import pytest
 from flwr.superlink import main as superlink_app
 
 from fedpeft.engines import flower_superlink
-from fedpeft.engines.flower_superlink import NodesOnly, networks
+from fedpeft.engines.flower_superlink import MOST_BODY_BYTES, NodesOnly, networks
 from fedpeft.errors import ConfigError
 from server.start import CONTROL_VARIABLE
 
@@ -18,7 +18,7 @@ async def inner(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.start", "status": 200})
 
 
-def status(path: str, client: str | None, allowed: str = "", server: str = OWN) -> int:
+def status(path: str, client: str | None, allowed: str = "", server: str = OWN, **more: Any) -> int:
     """The status of a request for `path` from the address `client` to the address `server`."""
     sent: list[Any] = []
 
@@ -28,7 +28,7 @@ def status(path: str, client: str | None, allowed: str = "", server: str = OWN) 
     async def receive() -> Any:
         return {"type": "http.request"}
 
-    scope = {"type": "http", "path": path, "client": client and (client, 40000), "server": (server, 46000)}
+    scope = {"type": "http", "path": path, "client": client and (client, 40000), "server": (server, 46000), **more}
     asyncio.run(NodesOnly(inner, networks(allowed))(scope, receive, send))
     return int(sent[0]["status"])
 
@@ -79,3 +79,19 @@ def test_flowers_superlink_takes_the_gate_as_its_outermost_layer(monkeypatch: py
     assert started == [True]
     assert outermost.cls is NodesOnly
     assert outermost.kwargs == {"networks": networks("192.0.2.0/24")}
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ([(b"content-length", b"%d" % MOST_BODY_BYTES)], 200),
+        ([(b"content-length", b"%d" % (MOST_BODY_BYTES + 1))], 413),
+        ([(b"content-length", b"9" * 5000)], 413),
+        ([(b"content-length", b"-1")], 411),
+        ([(b"transfer-encoding", b"chunked")], 411),
+    ],
+)
+def test_a_request_of_a_node_says_how_long_it_is_and_is_not_too_long(
+    headers: list[tuple[bytes, bytes]], expected: int
+) -> None:
+    assert status("/v1/fleet/push-object", FAR, method="POST", headers=headers) == expected

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from server.run import last_words
+from fedpeft.errors import ConfigError
+from server.run import last_words, main
 
 FULL = "round-000002.safetensors: expected room for 9 bytes, found No space left on device; free disk space."
 FLOWER = f"""Using SuperLink: lab (127.0.0.1:59173)
@@ -29,3 +32,8 @@ For more information, visit: <https://flower.ai/docs/framework/1.41/en/ref-exit-
 )
 def test_the_reason_of_an_end_is_the_sentence_of_the_exception(log: str, words: str) -> None:
     assert last_words(log) == words
+
+
+def test_a_setting_that_flower_does_not_pass_on_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--set: expected no double quotes.*; write a list as a,b"):
+        main("simulations/demo.toml", tmp_path / "out", ['adapter.lora.target_modules=["query"]'])

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import pytest
+
 from fedpeft import journal
+from fedpeft.config import load
 from simulations.privacy import findings
 from simulations.privacy.figures import Interval
 from simulations.privacy.findings import Finding
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_findings_come_back_from_their_file(tmp_path: Path) -> None:
@@ -32,6 +37,16 @@ def test_a_figure_that_is_none_comes_back_as_none(tmp_path: Path) -> None:
     (found,) = findings.read(path)
     assert math.isnan(found.value)
     assert found.high == 1.0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "simulations/privacy").glob("*.toml")), ids=lambda path: path.name)
+def test_the_settings_of_each_experiment_can_be_read_and_say_how_it_is_run(path: Path) -> None:
+    config = load(path)
+    assert config.name == path.stem
+    assert config.compute.threads == 1
+    commands = [line for line in path.read_text().splitlines() if "python -m simulations.privacy." in line]
+    assert commands
+    assert all(path.name in line or "poisoning" in line for line in commands)
 
 
 def test_the_table_has_a_line_for_each_finding() -> None:

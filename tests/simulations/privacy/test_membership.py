@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from fedpeft.data.rows import Row
 from fedpeft.errors import ConfigError, DataError
 from fedpeft.experiment import deal_rows, site_examples
 from simulations.privacy import figures, membership
-from simulations.privacy.game import alike, game_of, trained_on
+from simulations.privacy.game import Game, alike, game_of, trained_on
 from simulations.privacy.membership import Known, Membership, guessed, judged, sure, sureness
 from simulations.privacy.recording import Recorded, public_of, record
 from tests import tiny
@@ -154,9 +153,14 @@ def by_heart(tiny_model: Path, secrets: Path) -> RunConfig:
         adapter={"family": "lora", "lora": {"rank": 8, "alpha": 16.0}},
         data={"partition": {"most_rows": 16}},
         federation={"clients": 2, "cohort": 2},
-        training={"steps": 120, "batch_size": 8, "learning_rate": 0.02},
+        training={"steps": 90, "batch_size": 8, "learning_rate": 0.02},
         evaluation={"every": 0},
     )
+
+
+@pytest.fixture(scope="module")
+def game(by_heart: RunConfig) -> Game:
+    return game_of(by_heart, record(by_heart), "final", 60)
 
 
 def test_members_are_found_where_labels_are_known_by_heart(by_heart: RunConfig) -> None:
@@ -167,16 +171,14 @@ def test_members_are_found_where_labels_are_known_by_heart(by_heart: RunConfig) 
     assert found["membership, threshold", "AUC"].low > 0.6
 
 
-def test_an_adapter_that_was_not_trained_finds_no_members(by_heart: RunConfig, recorded: Any) -> None:
-    game = game_of(by_heart, record(by_heart), "final", 90)
+def test_an_adapter_that_was_not_trained_finds_no_members(by_heart: RunConfig, game: Game) -> None:
     public = public_of(by_heart)
     scores = sure(public.adapted.initial, public, game.candidates, 64)
     found = figures.auc(scores[game.truth], scores[~game.truth])
     assert found.low <= 0.5 <= found.high
 
 
-def test_shadows_are_trained_on_the_rows_that_they_are_given(by_heart: RunConfig) -> None:
-    game = game_of(by_heart, record(by_heart), "final", 60)
+def test_shadows_are_trained_on_the_rows_that_they_are_given(by_heart: RunConfig, game: Game) -> None:
     rows = list(game.public[:24])
     adapter = trained_on(game, by_heart, rows)
     public = public_of(by_heart)

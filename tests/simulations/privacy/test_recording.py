@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from fedpeft import checkpoint
-from fedpeft.config import RunConfig
+from fedpeft.config import RunConfig, override
 from fedpeft.data.rows import Row
 from fedpeft.errors import PlanError
-from fedpeft.experiment import deal_rows
+from fedpeft.experiment import deal_rows, resolve
 from fedpeft.federate import federate
 from fedpeft.runs import RunFolder
 from fedpeft.tasks.examples import Example
@@ -122,6 +122,24 @@ def test_what_stands_between_decides_what_the_server_gets(tiny_config: Callable[
     run = record(config, wrap=wrap)
     assert {view.partition for view in run.clients} == {0, 2}
     assert rounds == [0, 1]
+
+
+def test_where_the_server_sees_sums_alone_there_are_aggregates_and_no_deltas(
+    tiny_config: Callable[..., RunConfig],
+) -> None:
+    secure = (
+        "federation.clients=5",
+        "federation.cohort=5",
+        "federation.channel.kind=secure",
+        "aggregation.merge.rule=ffa_lora",
+        "aggregation.merge.ffa_lora.weights=uniform",
+    )
+    run = record(resolve(override(tiny_config(rounds=2), secure)))
+    assert not run.clients
+    assert [view.round for view in run.aggregates] == [1, 2]
+    assert any(np.any(value) for value in run.aggregates[0].delta.values())
+    assert set(run.batches) == {(round_, partition) for round_ in (1, 2) for partition in range(5)}
+    assert all(4 < len(batch) <= 8 for batch in run.batches.values())  # two batches of four, one of which may be short
 
 
 def test_an_adversary_without_views_is_refused_in_words() -> None:
