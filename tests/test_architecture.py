@@ -23,7 +23,7 @@ STRATEGY = CONFIG | {"strategy"}
 WIRE = STRATEGY | {"wire"}
 RECORDS = {"memory", "checkpoint", "journal"}
 STEPS = {"batches", "corrections", "example_gradients", "gradient_checks", "private_steps"}
-TORCH = {"adaptation", "base_weights", "bases", "evaluation", "fisher", "models", "tasks", "training", *STEPS}
+TORCH = {"adaptation", "base_weights", "bases", "evaluation", "fisher", "models", "tasks", "training", "trunk", *STEPS}
 FEDERATION = (
     WIRE
     | RECORDS
@@ -98,6 +98,7 @@ ROOMS: dict[str, set[str]] = {
     "gradient_checks": ADAPTERS | {"evaluation", "example_gradients", "models", "tasks"},
     "private_steps": UPDATES | {"example_gradients", "models", "privacy", "tasks"},
     "training": WIRE | STEPS | {"client", "data", "evaluation", "models", "pruning", "tasks"},
+    "trunk": ADAPTERS | {"evaluation", "models", "tasks"},
     "loaded": EDGES | {"kept"},
     "experiment": EDGES | {"loaded"},
     "bounds": EDGES | {"experiment"},
@@ -137,6 +138,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
         "sinks/tensorboard",
         "tasks",
         "training",
+        "trunk",
     ),
     "transformers": ("base_weights", "bases", "models", "tasks"),
     "peft": ("adaptation", "models", *sorted(LAYERS - {"own_layers"}), "own_layers/switch"),
