@@ -59,7 +59,7 @@ def followed(
         config,
         out="",
         model=replace(config.model, source=_source(config.model.source, node), **{**node.model.own, **(held or {})}),
-        training=in_parts(config.training, limits.batch_size),
+        training=in_memory(in_parts(config.training, limits.batch_size), limits.memory_gigabytes),
         evaluation=replace(config.evaluation, batch_size=min(batch, limits.batch_size or batch)),
         compute=replace(config.compute, threads=limits.threads or min(config.compute.threads, os.cpu_count() or 1)),
         observation=ObservationConfig(),
@@ -73,6 +73,14 @@ def in_parts(training: TrainingConfig, most: int) -> TrainingConfig:
         return training
     part = max(part for part in range(1, most + 1) if size % part == 0)
     return replace(training, batch_size=part, accumulation=training.accumulation * (size // part))
+
+
+def in_memory(training: TrainingConfig, most: float) -> TrainingConfig:
+    """`training` that keeps no more activations than fit into a quarter of `most` gigabytes (0: no bound).
+
+    What is trained does not depend on how many are kept.
+    """
+    return replace(training, cache_gigabytes=min(training.cache_gigabytes, most / 4 or training.cache_gigabytes))
 
 
 def rows_of(node: NodeConfig) -> SiteRows | None:

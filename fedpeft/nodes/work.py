@@ -64,7 +64,7 @@ def make_room(config: RunConfig, limits: LimitsConfig, wanted_bytes: int = 0) ->
 
 
 def needed_bytes(learner: TorchLearner) -> int:
-    """Bytes that training takes at its peak, the base and, where they share its memory, the libraries counted.
+    """Bytes that training takes at its peak, with the base, what is kept and, where they share its memory, libraries.
 
     A batch of many examples is not tried, but reckoned from two: the two longest, and the longest beside the shortest,
     which is padded.
@@ -72,10 +72,10 @@ def needed_bytes(learner: TorchLearner) -> int:
     batch = min(learner.settings.batch_size, len(learner.examples))
     ordered = sorted(learner.examples, key=lambda example: -example.size)
     pairs = (ordered[:2], [ordered[0], ordered[-1]]) if batch > 1 else (ordered[:1],)
-    fixed = 16 * learner.adapted.spec.parameters
+    fixed, cache = 16 * learner.adapted.spec.parameters, int(learner.settings.cache_gigabytes * 1e9)
     most = max((_fit_bytes(learner, tuple(pair)) - fixed) / len(pair) for pair in pairs)
     libraries = 0 if learner.adapted.device.type == "cuda" else LIBRARY_BYTES
-    return libraries + held_bytes(learner.adapted.model) + fixed + int(most * batch)
+    return libraries + held_bytes(learner.adapted.model) + cache + fixed + int(most * batch)
 
 
 def require_memory(learner: TorchLearner, limits: LimitsConfig) -> int:

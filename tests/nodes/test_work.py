@@ -12,7 +12,7 @@ from fedpeft.config.training import ModelConfig, TrainingConfig
 from fedpeft.errors import FederationError, PacketError
 from fedpeft.experiment import learner_of, site_examples
 from fedpeft.nodes import followed, needed_bytes, require_memory, require_rank, require_room, within
-from fedpeft.nodes.following import in_parts
+from fedpeft.nodes.following import in_memory, in_parts
 from fedpeft.training import LIBRARY_BYTES, TorchLearner, fit_memory_bytes
 from fedpeft.wire import Packet
 from tests import tiny
@@ -111,3 +111,15 @@ def test_a_hub_model_is_taken_only_where_the_file_says_so() -> None:
     with pytest.raises(PacketError, match=r"set model\.from_hub=true in the node's file, or model\.folder"):
         followed(config, None, NodeConfig())
     assert followed(config, None, NodeConfig(model=HeldModel(from_hub=True))).model.source == "somebody/model"
+
+
+@pytest.mark.parametrize(
+    ("asked", "most", "kept"), [(0.0, 0.0, 0.0), (3.0, 0.0, 3.0), (3.0, 2.0, 0.5), (0.25, 2.0, 0.25)]
+)
+def test_a_node_keeps_activations_in_a_quarter_of_its_memory_at_most(asked: float, most: float, kept: float) -> None:
+    assert in_memory(TrainingConfig(cache_gigabytes=asked), most).cache_gigabytes == kept
+
+
+def test_what_is_kept_counts_as_memory_that_training_needs(learner: TorchLearner) -> None:
+    keeping = replace(learner, settings=replace(learner.settings, cache_gigabytes=0.5))
+    assert needed_bytes(keeping) - needed_bytes(learner) == 500_000_000
