@@ -40,7 +40,9 @@ class Cell:
 
 
 def cells_of(plan: Plan, overrides: Sequence[str] = ()) -> tuple[Path, list[Cell]]:
-    """The sweep's folder and its cells, grid by grid; what is told last counts: base, grid, axes, seed, overrides.
+    """The sweep's folder and its cells; what is told last counts: base, grid, axes, seed, overrides.
+
+    All grids of one seed come before those of the next, so what is cut off leaves whole tables of fewer seeds.
 
     A cell's folder is named for its settings, so what was run with other settings is never taken for it.
 
@@ -53,9 +55,9 @@ def cells_of(plan: Plan, overrides: Sequence[str] = ()) -> tuple[Path, list[Cell
     seeds = plan.sweep.seeds or (base.seed,)
     cells = [
         _cell(plan, root, grid, dict(zip(grid.axes, names, strict=True)), seed, told)
+        for seed in seeds
         for grid in plan.grids
         for names in itertools.product(*(plan.axes[axis] for axis in grid.axes))
-        for seed in seeds
     ]
     return root, cells
 
@@ -74,5 +76,5 @@ def _cell(plan: Plan, root: Path, grid: Grid, variants: dict[str, str], seed: in
         place = " ".join([grid.name, *variants.values()])
         raise type(error)(f"sweep cell {place}: {error}") from None
     name = "-".join([grid.name, *variants.values(), str(config.seed), digest_of(config)[:10]])
-    config = replace(config, name=name, out=str(root / "cells" / name))
+    config = replace(config, out=str(root / "cells" / name))
     return Cell(grid.name, tuple(variants.items()), config, grid.measure)

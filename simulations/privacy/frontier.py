@@ -30,6 +30,9 @@ from simulations.privacy.views import FinalAdapter
 MOST_OTHERS = 4
 """As many clients that took no part are dealt, for each that did."""
 
+_UPDATES = 3
+"""As many updates of a run are inverted."""
+
 DELTA = 1e-3
 """δ at which an ε is proved where the run promises none."""
 
@@ -90,13 +93,13 @@ def inversion(folder: Path) -> Mapping[str, Any]:
     """The words of batches, out of what the server sees: each update, or the sum of a round where sums are secure."""
     config = reopen(folder, [])[1]
     secure = config.federation.channel.name == "secure"
-    asked = Inversion(view="aggregate") if secure else Inversion(update="sent")
+    asked = Inversion(view="aggregate", most=_UPDATES) if secure else Inversion(most=_UPDATES)
     return recovered(asked.run(config))
 
 
 def strongest_inversion(folder: Path) -> Mapping[str, Any]:
     """The same of one plain gradient step, the most that an update could give away."""
-    return recovered(Inversion(update="gradient").run(reopen(folder, [])[1]))
+    return recovered(Inversion(update="gradient", most=_UPDATES).run(reopen(folder, [])[1]))
 
 
 def recovered(findings: Sequence[Finding]) -> Mapping[str, Any]:
