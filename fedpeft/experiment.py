@@ -33,6 +33,7 @@ from fedpeft.ranks import RankRule
 from fedpeft.strategy import Parts, Strategy, build
 from fedpeft.tasks import Encoded, Sample, Task, build_task, with_labels
 from fedpeft.training import TorchLearner
+from fedpeft.trunk import cached
 from fedpeft.updates import ServerState, Spent
 from fedpeft.wire import Session
 
@@ -240,7 +241,8 @@ def site_of(
         raise DataError(
             sentence(f"partition {partition}", expected="at least one row", found="none", remedy="give this site data")
         )
-    learner = replace(learner_of(config, examples), task=task, private=_private(config, len(examples), partition))
+    private = _private(config, len(examples), partition)
+    learner = replace(learner_of(config, examples), task=_on_base(config, task), private=private)
     return Site(partition, digest(config), strategy_of(config), learner)
 
 
@@ -265,13 +267,18 @@ def learner_of(config: RunConfig, examples: tuple[Encoded, ...]) -> TorchLearner
     """A learner on `examples`; learners of one process share the model."""
     return TorchLearner(
         adapted=adapted_model(config),
-        task=task_of(config),
+        task=_on_base(config, task_of(config)),
         examples=examples,
         settings=config.training,
         seed=config.seed,
         rounds=config.rounds,
         evaluation_batch_size=config.evaluation.batch_size,
     )
+
+
+def _on_base(config: RunConfig, task: Task) -> Task:
+    """The task as the run's base computes it, with what is kept of lower layers."""
+    return cached(task, adapted_model(config), int(config.training.cache_gigabytes * 1e9))
 
 
 def evaluator_of(config: RunConfig) -> rounds.Evaluate:

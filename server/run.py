@@ -34,6 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 _RAISED = "ServerApp raised an exception: "
 """What Flower writes before the sentence of an error that ended the app's server."""
 
+_STOPPED = "finished:stopped"
+"""Flower's word for an attempt that somebody ended with `flwr stop`."""
+
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _MOST_CHARACTERS = 500
 _CALL_SECONDS = 120.0
@@ -98,11 +101,18 @@ class Run:
 
     def reason(self, number: str) -> str:
         """Why an attempt failed, by its log."""
-        return last_words(self._flwr.printed("log", number, self.connection, "--show"))
+        return last_words(self._log(number))
+
+    def raised(self, number: str) -> str:
+        """The exception that ended the app's server, by its log; empty where there was none."""
+        return exception_in(self._log(number))
 
     def stop(self, number: str) -> None:
         """Flower holds an attempt for ended."""
         self._flwr.printed("stop", number, self.connection)
+
+    def _log(self, number: str) -> str:
+        return self._flwr.printed("log", number, self.connection, "--show")
 
     @property
     def _flwr(self) -> Flwr:
@@ -111,29 +121,39 @@ class Run:
 
 def last_words(log: str) -> str:
     """What the log of an attempt says of its end: the exception of the app's server, or else the last error."""
-    lines = [" ".join(_COLOURS.sub("", line).split()) for line in log.splitlines()]
-    raised = [line.partition(_RAISED)[2] for line in lines if _RAISED in line]
-    errors = [line for line in lines if "error" in line.lower() and "Exit Code" not in line]
-    return next(iter([*raised[-1:], *errors[-1:]]), "nothing in its log")[:_MOST_CHARACTERS]
+    errors = [line for line in _lines(log) if "error" in line.lower() and "Exit Code" not in line]
+    return exception_in(log) or next(iter(errors[-1:]), "nothing in its log")[:_MOST_CHARACTERS]
+
+
+def exception_in(log: str) -> str:
+    """The sentence of the exception that ended the app's server; empty where none did."""
+    raised = [line.partition(_RAISED)[2] for line in _lines(log) if _RAISED in line]
+    return next(iter(raised[-1:]), "")[:_MOST_CHARACTERS]
+
+
+def _lines(log: str) -> list[str]:
+    return [" ".join(_COLOURS.sub("", line).split()) for line in log.splitlines()]
 
 
 def see_through(run: Run, attempts: Attempts, say: Callable[[str], None]) -> None:
     """The run has come to its end, taken up again however often it was cut off.
 
     Raises:
-        FederationError: no round was gained in as many attempts as are allowed.
+        FederationError: no round was gained in as many attempts as are allowed, or somebody stopped the run.
     """
     fruitless, rounds = 0, run.recorded()
     while not run.ended():
         why = _attempt(run, say)
         if run.ended():
             break
-        now = run.recorded()
+        now, place = run.recorded(), f"run {run.folder}"
+        if why.startswith(_STOPPED):
+            found = f"that it was stopped after {now or 0} rounds"
+            raise FederationError(sentence(place, expected="its end", found=found, remedy="call this again to go on"))
         fruitless = 0 if now != rounds else fruitless + 1
         rounds = now
         if fruitless >= attempts.most:
             remedy = "mend that, then call this again: the run goes on"
-            place = f"run {run.folder}"
             raise FederationError(
                 sentence(place, expected=f"a round gained in {attempts.most} attempts", found=why, remedy=remedy)
             )
@@ -167,8 +187,9 @@ def _attempt(run: Run, say: Callable[[str], None]) -> str:
         if status.startswith("finished"):
             return status if status.endswith("completed") else f"{status}: {run.reason(number)}"
         if begun and deserted > 1:
+            said = run.raised(number)  # a process that raised may be gone before Flower says that it has failed
             run.stop(number)
-            return "the process of the run's server is gone"
+            return said or "the process of the run's server is gone"
 
 
 def main(

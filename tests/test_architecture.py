@@ -23,7 +23,7 @@ STRATEGY = CONFIG | {"strategy"}
 WIRE = STRATEGY | {"wire"}
 RECORDS = {"memory", "checkpoint", "journal"}
 STEPS = {"batches", "corrections", "example_gradients", "gradient_checks", "private_steps"}
-TORCH = {"adaptation", "base_weights", "bases", "evaluation", "fisher", "models", "tasks", "training", *STEPS}
+TORCH = {"adaptation", "base_weights", "bases", "evaluation", "fisher", "models", "tasks", "training", "trunk", *STEPS}
 FEDERATION = (
     WIRE
     | RECORDS
@@ -53,6 +53,7 @@ ROOMS: dict[str, set[str]] = {
     "kept": set(),
     "locks": {"errors"},
     "node_key": {"errors"},
+    "pulse": set(),
     "skew": {"errors", "version"},
     "supervision": {"errors"},
     "adapters": GROUND,
@@ -97,6 +98,7 @@ ROOMS: dict[str, set[str]] = {
     "gradient_checks": ADAPTERS | {"evaluation", "example_gradients", "models", "tasks"},
     "private_steps": UPDATES | {"example_gradients", "models", "privacy", "tasks"},
     "training": WIRE | STEPS | {"client", "data", "evaluation", "models", "pruning", "tasks"},
+    "trunk": ADAPTERS | {"evaluation", "models", "tasks"},
     "loaded": EDGES | {"kept"},
     "experiment": EDGES | {"loaded"},
     "bounds": EDGES | {"experiment"},
@@ -110,7 +112,7 @@ ROOMS: dict[str, set[str]] = {
     "merging": CONFIG | {"adapter_folders"},
     "report": GROUND | {"config", "journal"},
     "federate": COMPOSED,
-    "engines": COMPOSED | {"federate", "kept", "loaded", "node_key", "nodes", "skew"},
+    "engines": COMPOSED | {"federate", "kept", "loaded", "node_key", "nodes", "pulse", "skew"},
     "progress": GROUND | {"federate", "report"},
     "sweeps": COMPOSED | {"federate", "engines"},
     "commands": COMPOSED | {"federate", "engines", "merging", "node_key", "nodes", "progress", "sweeps", "watching"},
@@ -137,6 +139,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
         "sinks/tensorboard",
         "tasks",
         "training",
+        "trunk",
     ),
     "transformers": ("base_weights", "bases", "models", "tasks"),
     "peft": ("adaptation", "models", *sorted(LAYERS - {"own_layers"}), "own_layers/switch"),

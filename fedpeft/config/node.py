@@ -152,10 +152,11 @@ class NodeConfig:
     """Everything that a node's operator decides.
 
     `partition` is the node's number in the federation, from 0. `rank` is the greatest rank that it trains at (0: what
-    the run gives it). `port` is that of the node's own API, on 127.0.0.1. `profile` names a profile whose values stand
-    below this file's (empty: none): one that comes with fedpeft, or `profiles/NAME.toml` beside this file. `data` is
-    where its rows are; `bundled` is its share of the bundled data that the run names. `peers` is a folder with the
-    public keys of all nodes, `node-PARTITION.pub`: in secure sums this node then deals with those alone.
+    the run gives it). `port`, on 127.0.0.1, has a page that says whether the node is well (0: none). `profile` names a
+    profile whose values stand below this file's (empty: none): one that comes with fedpeft, or `profiles/NAME.toml`
+    beside this file. `data` is where its rows are; `bundled` is its share of the bundled data that the run names.
+    `peers` is a folder with the public keys of all nodes, `node-PARTITION.pub`: in secure sums this node then deals
+    with those alone.
     """
 
     partition: int = 0

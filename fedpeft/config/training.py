@@ -50,7 +50,8 @@ class TrainingConfig:
 
     The learning rate warms up and then falls along a cosine over all `rounds × steps` of the run, to
     `final_fraction` of its peak. `head_learning_rate` 0 means that of the adapter. `proximal` is FedProx's μ;
-    with `scaffold`, clients correct their gradients by control variates (SCAFFOLD).
+    with `scaffold`, clients correct their gradients by control variates (SCAFFOLD). With `cache_gigabytes` a process
+    keeps so much at most of what the layers below the lowest adapter make of examples, and computes them once.
     """
 
     steps: int = 10
@@ -64,12 +65,13 @@ class TrainingConfig:
     max_gradient_norm: float = 1.0
     proximal: float = 0.0
     scaffold: bool = False
+    cache_gigabytes: float = 0.0
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "accumulation"):
             require_range(self, key, 1)
         require(self.learning_rate > 0, "learning_rate", expected="a number above 0", found=self.learning_rate)
-        for key in ("head_learning_rate", "weight_decay", "max_gradient_norm", "proximal"):
+        for key in ("head_learning_rate", "weight_decay", "max_gradient_norm", "proximal", "cache_gigabytes"):
             require_range(self, key, 0.0)
         require_range(self, "warmup_fraction", 0.0, 1.0)
         require_range(self, "final_fraction", 0.0, 1.0)

@@ -42,6 +42,7 @@ from fedpeft.engines.flower_guard import MOST_OBJECTS, guard
 from fedpeft.engines.flower_patience import patient_connection
 from fedpeft.errors import ConfigError, sentence
 from fedpeft.node_key import private_key
+from fedpeft.pulse import Pulse, shown
 from fedpeft.wire import PHASE
 
 POLL_SECONDS, MOST_POLL_SECONDS = 0.2, 3.0
@@ -62,6 +63,10 @@ _MOST_OFFERS = 10
 _TIMES = "round %s: %.3f s of work, %.3f s to receive it, %.3f s to send the answer"
 
 _logger = logging.getLogger(__name__)
+
+
+Answering = Callable[[Message, Context], Message]
+"""What a client app does."""
 
 
 class Uplink(NamedTuple):
@@ -85,19 +90,27 @@ def serve(node: NodeConfig, app: ClientApp) -> None:
     """Answers the server's messages with `app`, one after another, until SIGTERM or SIGINT.
 
     What the server asks for is trained in this process, so the base is loaded once. A message that was interrupted is
-    not answered: the server hears of it by its deadline.
+    not answered: the server hears of it by its deadline. `http://127.0.0.1:PORT/health` says whether it is well.
 
     Raises:
         ConfigError: the node's key cannot be read.
         SystemExit: the server cannot be reached, or does not take this node; Flower says why.
     """
     guard(int(node.limits.memory_gigabytes * 10**9) or _MOST_BYTES)
-    with _stoppable(), connected(node) as uplink:
+    pulse = Pulse()
+
+    def working(message: Message, context: Context) -> Message:
+        with pulse.at_work():
+            return app(message, context)
+
+    with _stoppable(), connected(node) as uplink, shown(pulse, node.port):
         _logger.info("connected as node %d", uplink.node)
         try:
             sent, waiting_since = UNSENT, time.monotonic()
             while True:
-                done = answer_next(uplink, app, {**_node_config(node), f"{PHASE}send": sent})
+                done = answer_next(uplink, working, {**_node_config(node), f"{PHASE}send": sent})
+                if done != UNSENT:
+                    pulse.beat()
                 if done is None:
                     time.sleep(pause_after(time.monotonic() - waiting_since))
                 else:
@@ -114,7 +127,7 @@ def pause_after(waited_seconds: float) -> float:
     return min(MOST_POLL_SECONDS, max(POLL_SECONDS, waited_seconds / 10))
 
 
-def answer_next(uplink: Uplink, app: ClientApp, node_config: dict[str, Any]) -> float | None:
+def answer_next(uplink: Uplink, app: Answering, node_config: dict[str, Any]) -> float | None:
     """The seconds that it took to send the answer to the next message, UNSENT for one refused with a line in the log.
 
     None where there was no message. The app finds the seconds of receiving it in its node config.
@@ -202,7 +215,7 @@ def _whole(uplink: Uplink, head: Message, tree: Any) -> Message:
     return message
 
 
-def _reply(app: ClientApp, message: Message, context: Context) -> Message:
+def _reply(app: Answering, message: Message, context: Context) -> Message:
     try:
         return app(message, context)
     except Exception as error:

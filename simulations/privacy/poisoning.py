@@ -61,7 +61,7 @@ SKEWS: Mapping[str, tuple[str, ...]] = {
 BENCHES: Mapping[str, Callable[[], Bench]] = {"features": FrozenFeatures, "models": lambda: on_models}
 """Where federations are run."""
 
-GRID = (("iid", SET_FOR), ("labels", SET_FOR), ("iid", 6))
+GRID = tuple((skew, attackers) for skew in SKEWS for attackers in (SET_FOR, 6))
 FULL = tuple((skew, attackers) for skew in SKEWS for attackers in (1, SET_FOR, 4, 6))
 """Skews and numbers of attackers: the small grid, and the whole one."""
 

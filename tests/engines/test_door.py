@@ -85,6 +85,7 @@ def test_who_does_not_fit_is_told_at_the_door_and_a_node_that_is_mended_takes_pa
             told(TAKEN, "node-0", "node-3")
         stack.enter_context(node(federation, "node-1", 1, ours))
         assert lab.finished(NAME, run_id, *logs) == "finished:completed"
+        assert "well" in federation.script("clients.health", lab.root / "node-0.toml")
         shown = lab.flwr("log", run_id, NAME, "--show")
     assert [f"{how}: {text}" in shown for how, text in (("left out", PEFT), ("left out", BASE), ("waits", TAKEN))] == [
         True
