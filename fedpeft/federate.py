@@ -70,8 +70,9 @@ def federate(
     bounds: tuple[Bound, ...] = (),
     watcher: Watcher | None = None,
     refused: Refused = dict,
+    page: bool = True,
 ) -> list[dict[str, Any]]:
-    """The journal of the run, finished; `folder` holds adapter, journal, checkpoint, settings and report.
+    """The journal of the run, finished; `folder` holds adapter, journal, checkpoint, settings and, with `page`, report.
 
     `config` must be resolved. Nothing is written before settings, data and model have been found usable.
 
@@ -105,8 +106,9 @@ def federate(
             _note(folder, end)
             events.run_ended(state.run, end)
             sinks.end(stopped)
-            with writing(folder.root):
-                write_report(folder.root)
+            if page:
+                with writing(folder.root):
+                    write_report(folder.root)
             return journal.read(folder.journal)
 
 

@@ -114,7 +114,8 @@ ROOMS: dict[str, set[str]] = {
     "federate": COMPOSED,
     "engines": COMPOSED | {"federate", "kept", "loaded", "node_key", "nodes", "pulse", "skew"},
     "progress": GROUND | {"federate", "report"},
-    "commands": COMPOSED | {"federate", "engines", "merging", "node_key", "nodes", "progress", "watching"},
+    "sweeps": COMPOSED | {"federate", "engines"},
+    "commands": COMPOSED | {"federate", "engines", "merging", "node_key", "nodes", "progress", "sweeps", "watching"},
     "cli": GROUND | {"assets", "commands"},
     "__main__": {"cli"},
 }

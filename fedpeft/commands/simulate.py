@@ -22,6 +22,8 @@ from fedpeft.memory import FolderMemory
 from fedpeft.progress import watching
 from fedpeft.report.tables import render_plain, summary_table
 from fedpeft.runs import RunFolder, folder_for, reopen
+from fedpeft.sweeps.running import run_sweep
+from fedpeft.sweeps.settings import is_sweep
 from fedpeft.wire import Transport
 
 Journal = list[dict[str, Any]]
@@ -36,6 +38,9 @@ def run_simulation(
     Raises:
         FedPeftError: what was asked cannot be done, or the run failed.
     """
+    if path is not None and resume is None and is_sweep(path):
+        _sweep(path, overrides, engine=engine, quiet=quiet)
+        return
     config, folder = _start(path, overrides, resume)
     console, form = Console(), config.observation.log_format
     with logging_to(sys.stderr, form, beside_display=True), watching(console, quiet=quiet or form == "json") as watcher:
@@ -45,6 +50,16 @@ def run_simulation(
     console.print(
         f"\nEverything is in {folder.root}; open {folder.root / 'report.html'}", highlight=False, soft_wrap=True
     )
+
+
+def _sweep(path: Path, overrides: list[str], *, engine: str, quiet: bool) -> None:
+    """The sweep is finished and its tables printed."""
+    if engine != "local":
+        remedy = "leave --engine out"
+        raise ConfigError(sentence("--engine", expected="local, for a sweep", found=engine, remedy=remedy))
+    console, errors = Console(), Console(stderr=True, quiet=quiet)
+    root, text = run_sweep(path, overrides, lambda line: errors.print(line, highlight=False, soft_wrap=True))
+    console.print(f"{text}\nEverything is in {root}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _start(path: Path | None, overrides: list[str], resume: Path | None) -> tuple[RunConfig, RunFolder]:

@@ -1,0 +1,114 @@
+"""A sweep runs cells side by side, keeps what is finished, goes on after a kill, and tells what failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpeft import journal
+from fedpeft.config import to_toml
+from fedpeft.errors import ConfigError, FederationError
+from fedpeft.sweeps.running import run_sweep
+from tests import tiny
+
+SWEEP = """
+[sweep]
+workers = 2
+seeds = [1, 2]
+[sweep.axes.rate]
+slow = []
+fast = ["training.learning_rate=0.05"]
+"""
+LONGEST_SECONDS = 120
+
+
+@pytest.fixture
+def plan(tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> Callable[..., Path]:
+    def made(text: str = SWEEP, **changes: Any) -> Path:
+        config = tiny.run_config(tiny_model, tiny_rows, tmp_path / "out", compute={"threads": 1}, **changes)
+        path = tmp_path / "sweep.toml"
+        path.write_text(to_toml(config) + text)
+        return path
+
+    return made
+
+
+def results(root: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / "results.jsonl").read_text().splitlines()]
+
+
+def test_cells_run_side_by_side_and_what_is_finished_is_kept(plan: Callable[..., Path], tmp_path: Path) -> None:
+    told: list[str] = []
+    root, text = run_sweep(plan(), [], told.append)
+    rows = results(root)
+    assert [(row["variants"]["rate"], row["seed"]) for row in rows] == [
+        ("slow", 1),
+        ("fast", 1),
+        ("slow", 2),
+        ("fast", 2),
+    ]
+    assert sum(line.startswith("finished") for line in told) == 4
+    assert "| slow | 2 |" in text
+    assert (root / "table.md").read_text() == text
+    starts = [journal.read(root / "cells" / row["folder"] / "journal.jsonl")[0] for row in rows]
+    assert len({start["run"] for start in starts}) == 4
+
+    told.clear()
+    run_sweep(plan(SWEEP.replace("0.05", "0.02")), [], told.append)
+    assert sorted(line.split()[0] for line in told) == ["finished", "finished", "kept", "kept"]
+    assert all("slow" in line for line in told if line.startswith("kept"))
+    again = {row["folder"]: row["figures"] for row in results(root)}
+    assert all(again[row["folder"]] == row["figures"] for row in rows if row["variants"]["rate"] == "slow")
+
+
+def test_a_cell_that_was_cut_off_is_resumed(plan: Callable[..., Path]) -> None:
+    path = plan(SWEEP.replace("[1, 2]", "[1]").replace("workers = 2", "workers = 1"), rounds=60)
+    command = [sys.executable, "-m", "fedpeft", "simulate", str(path), "--quiet"]
+    root = path.parent / "out"
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + LONGEST_SECONDS
+        while not any(lines(path) > 5 for path in root.glob("cells/*/journal.jsonl")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    (begun,) = (path for path in root.glob("cells/*/journal.jsonl") if lines(path) > 5)
+    before = journal.read(begun)
+    assert before[-1]["event"] == "round"
+    run_sweep(path, [], lambda _: None)
+    after = journal.read(begun)
+    assert after[: len(before)] == before
+    assert [record["round"] for record in after if record["event"] == "round"] == list(range(1, 61))
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_a_cell_that_fails_is_told_and_stops_no_other(plan: Callable[..., Path], tmp_path: Path) -> None:
+    sets = 'rows = ["data.origin.jsonl.path=nowhere.jsonl"]\n'
+    text = SWEEP.replace("[1, 2]", "[1]") + sets
+    with pytest.raises(FederationError, match=r"1 that failed, the first runs rows seed 1: .*nowhere.jsonl"):
+        run_sweep(plan(text), [], lambda _: None)
+    assert [row["variants"]["rate"] for row in results(tmp_path / "out")] == ["slow", "fast"]
+
+
+def test_a_measurement_that_is_nowhere_is_refused_before_anything_runs(
+    plan: Callable[..., Path], tmp_path: Path
+) -> None:
+    text = SWEEP + '[[sweep.grids]]\naxes = ["rate"]\nmeasure = "nowhere.at_all:figure"\n'
+    with pytest.raises(ConfigError, match="nowhere"):
+        run_sweep(plan(text), [], lambda _: None)
+    assert not (tmp_path / "out").exists()
