@@ -130,7 +130,7 @@ def _trunk_of(task: Task, adapted: AdaptedModel, examples: Sequence[Encoded], mo
     count = next((at for at, moved in enumerate(probe.moved) if moved), len(probe.moved))
     trunk = Trunk(probe.layers[:count], most_bytes, probe.pairs)
     complaint = _complaint(task, adapted, trunk, examples[:_TRIED]) if count else "every layer has one to learn"
-    complaint = complaint if probe.whole else "parts of the adapter take no gradient"
+    complaint = complaint if probe.whole else "some adapted modules take no gradient"
     if complaint:
         _logger.warning("activations of frozen layers are not kept: %s", complaint)
     else:
@@ -142,7 +142,7 @@ def _trunk_of(task: Task, adapted: AdaptedModel, examples: Sequence[Encoded], mo
 class _Probe(NamedTuple):
     """A base's stack of layers; of each whether what comes out follows from something trained.
 
-    `pairs` says whether a layer's answer is a tuple, `whole` whether the loss follows from all that is trained.
+    `pairs` says whether a layer's answer is a tuple, `whole` whether the loss follows from every adapted module.
     """
 
     layers: tuple[nn.Module, ...]
@@ -157,24 +157,26 @@ def _probed(task: Task, adapted: AdaptedModel, example: Encoded) -> _Probe:
     layers = max(lists, key=len, default=nn.ModuleList())
     answers: list[Any] = []
     hooks = [layer.register_forward_hook(lambda _, __, answer: answers.append(answer)) for layer in layers]
-    parameters = [one for binding in adapted.bindings.values() for one in binding.parameters]
+    owned = [(key.rpartition(".")[0], one) for key, binding in adapted.bindings.items() for one in binding.parameters]
+    parameters = [one for _, one in owned]
     before = [one.requires_grad for one in parameters]
     try:
         for one in parameters:
             one.requires_grad_(True)
         with _alone(adapted), torch.enable_grad():
             loss = task.loss(adapted.model, task.collate([example], padding(adapted), adapted.device))
-        reached = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else (None,)
+        slopes = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None] * len(owned)
     finally:
         for hook in hooks:
             hook.remove()
         for one, needed in zip(parameters, before, strict=True):
             one.requires_grad_(needed)
+    used = {path for (path, _), slope in zip(owned, slopes, strict=True) if slope is not None}
     pairs = any(isinstance(answer, tuple) for answer in answers)
     moved = [bool((answer[0] if pairs else answer).requires_grad) for answer in answers]
     if len(answers) != len(layers):  # layers that are called more than once, or not at all, are no stack
         return _Probe((), [], pairs, whole=True)
-    return _Probe(tuple(layers), moved, pairs, all(one is not None for one in reached))
+    return _Probe(tuple(layers), moved, pairs, {path for path, _ in owned} == used)
 
 
 def _complaint(task: Task, adapted: AdaptedModel, trunk: Trunk, examples: Sequence[Encoded]) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 
 from fedpeft import models, trunk
 from fedpeft.client import Fitted
-from fedpeft.config.adapters import Lora
+from fedpeft.config.adapters import Lora, LoraSb
 from fedpeft.config.tasks import CausalLM
 from fedpeft.config.training import ModelConfig
 from fedpeft.data.rows import Row
@@ -97,6 +97,13 @@ def test_the_base_alone_and_a_factor_that_stands_still_are_served(tiny_model: Pa
     expected = evaluate_base(adapted, TASK, plain.examples, 4)
     assert evaluate_base(adapted, task, plain.examples, 4)["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     close(with_cache(plain).fit(start, frozen), plain.fit(start, frozen))
+
+
+def test_factors_that_no_gradient_ever_reaches_are_served(tiny_model: Path) -> None:
+    adapted = tiny.load(tiny_model, LoraSb(rank=2, layers=(1,)))
+    plain, start = learner(adapted), moved(adapted.initial)
+    close(with_cache(plain).fit(start, JOB), plain.fit(start, JOB))
+    assert trunk._TRUNKS[adapted.model].held_bytes > 0
 
 
 def test_single_examples_are_protected_alike(tiny_model: Path) -> None:
