@@ -141,6 +141,8 @@ def test_a_run_that_dies_between_paying_and_releasing_pays_for_the_round_again(
     assert [spent.round for spent in paid] == [1, 2, 2, 3, 4]
     assert records[-1]["epsilon"] == spent_of(resolve(plan("run")), paid)
     assert records[-1]["epsilon"] > spent_of(resolve(plan("run")), paid[:4])
+    run(plan("whole"))
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
 def test_rounds_to_which_nobody_is_drawn_are_rounds_of_noise(plan: Callable[..., RunConfig]) -> None:
