@@ -113,6 +113,7 @@ def parts_of(config: RunConfig) -> Parts:
     """What the settings put a strategy together from."""
     chosen = config.aggregation
     mechanism, channel = in_sums(config.privacy, population_of(config), config.federation.channel.chosen.build())
+    channel = replace(channel, seed=config.seed) if channel else None
     return Parts(
         stage=chosen.stages.build(),
         codec=chosen.codec.chosen.build(),

@@ -19,7 +19,7 @@ from fedpeft.errors import RunFolderError, sentence
 from fedpeft.files import write_atomically
 
 _BLOCK_BYTES = 65536
-_LASTING_EVENTS = frozenset({"start", "resume", "missed"})
+_LASTING_EVENTS = frozenset({"start", "resume", "missed", "finding"})
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:

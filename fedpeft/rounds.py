@@ -193,7 +193,7 @@ def _aggregate(one: Round, spend: Callable[[Spent], None]) -> tuple[ServerState,
     mechanism = one.strategy.mechanism
 
     def all_updates() -> Iterator[Update]:
-        yield from summed(one) if one.strategy.channel else updates_of(one)
+        yield from _one_sum(one) if one.strategy.channel else updates_of(one)
         _require_quorum(one)
         spent = mechanism.charge(one.number) if mechanism else None
         if spent:
@@ -202,9 +202,25 @@ def _aggregate(one: Round, spend: Callable[[Spent], None]) -> tuple[ServerState,
     return one.strategy.aggregate(one.state, all_updates())
 
 
+def _one_sum(one: Round) -> Iterator[Update]:
+    """As `summed`; where too few went through with it, the error says why they did not."""
+    try:
+        yield from summed(one)
+    except QuorumError as error:
+        expected = "enough clients in each of its exchanges"
+        remedy = "do as they say, or run again with --resume once more nodes answer"
+        raise _missed(one, f"secure sum of round {one.number}", expected, "too few", remedy) from error
+
+
 def _require_quorum(one: Round) -> None:
     if len(one.seen.clients) >= one.least:
         return
+    expected, found = f"at least {one.least} usable updates", str(len(one.seen.clients))
+    remedy = "mend the nodes and run again with --resume, or lower federation.quorum"
+    raise _missed(one, f"round {one.number}", expected, found, remedy)
+
+
+def _missed(one: Round, place: str, expected: str, found: str, remedy: str) -> QuorumError:
     reasons = "; ".join(f"partition {item['partition']}: {item['reason']}" for item in one.seen.failures[:3])
     missed = {
         "round": one.number,
@@ -214,15 +230,8 @@ def _require_quorum(one: Round) -> None:
         "failures": one.seen.failures,
         "seconds": {"exchange": one.seen.waited},
     }
-    raise QuorumError(
-        sentence(
-            f"round {one.number}",
-            expected=f"at least {one.least} usable updates",
-            found=f"{len(one.seen.clients)} ({reasons or 'no node answered'})",
-            remedy="mend the nodes and run again with --resume, or lower federation.quorum",
-        ),
-        missed,
-    )
+    told = f"{found} ({reasons or 'no node answered'})"
+    return QuorumError(sentence(place, expected=expected, found=told, remedy=remedy), missed)
 
 
 def _due(plan: Plan, round_: int) -> bool:

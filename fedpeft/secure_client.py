@@ -15,6 +15,7 @@ from fedpeft.privacy.secure.client_state import ClientState, Member, from_bytes,
 from fedpeft.privacy.secure.keys import OPEN, Registry, Sign, unsigned
 from fedpeft.privacy.secure.messages import read_invitation
 from fedpeft.privacy.secure.policy import Policy
+from fedpeft.randomness import rng
 from fedpeft.updates import Memory, Update
 from fedpeft.wire import Packet, Scalar, shown
 
@@ -74,7 +75,8 @@ def joining(
     state, message = protocol.advertise(_member(party, channel), _state(memory), invitation)
     sides = coordinates(channel, adapter.spec, adapter.tensors, shared)
     clients = read_invitation(invitation).clients
-    values, size = as_integers(channel, update.delta, shared, sides, clients)
+    draws = rng(channel.seed, int(packet.manifest["round"]), party.partition, "rounding").bytes
+    values, size = as_integers(channel, update.delta, shared, sides, clients, draws)
     metrics = {**update.metrics, "update_norm": size}
     figures = {f"metric.{key}": float(value) for key, value in metrics.items()}
     counts = {"rank": 0, "examples": update.examples, "tokens": update.tokens}

@@ -98,7 +98,10 @@ def protection(config: RunConfig) -> _Rows:
     rows = [("protected", f"{config.privacy.name}: one {mechanism.unit}")]
     if spent:
         whole = spent_of(config, (spent,) * config.rounds)
-        rows.append(("privacy after all rounds", f"ε = {whole:.3g} at δ = {promise.delta:.2g}"))
+        whose = "" if SAMPLERS[spent.sampler].draw else " for a client that trains in each"
+        rows.append(("privacy after all rounds", f"ε = {whole:.3g} at δ = {promise.delta:.2g}{whose}"))
+        if promise.epsilon:
+            rows.append(("budget", f"stops before a round that would exceed ε = {promise.epsilon:g}"))
         rows.append(("noise", f"{spent.noise_multiplier:g} times the clipping norm, in every round"))
         rows.append(("a draw claims", SAMPLERS[spent.sampler].claims))
     return tuple(rows)

@@ -130,13 +130,15 @@ class RequiredConfig:
 
     `clip_norm` is the greatest norm of an update that the node sends, `noise_multiplier` the least noise that the node
     itself adds to its updates, in units of that norm, `promised_noise_multiplier` the least that the node or the server
-    adds, which for the server's the node has only its word, `secure_aggregation` that the server sees no update alone,
-    and `least_cohort` the fewest clients in a sum that the server sees.
+    adds, which for the server's the node has only its word, `epsilon` the greatest ε, at δ = 10⁻⁵, that all rounds of a
+    run come to by the noise that the node itself adds if it trains in each, `secure_aggregation` that the server sees
+    no update alone, and `least_cohort` the fewest clients in a sum that the server sees.
     """
 
     clip_norm: float = 0.0
     noise_multiplier: float = 0.0
     promised_noise_multiplier: float = 0.0
+    epsilon: float = 0.0
     secure_aggregation: bool = False
     least_cohort: int = 0
 
@@ -144,6 +146,7 @@ class RequiredConfig:
         require_range(self, "clip_norm", 0.0)
         require_range(self, "noise_multiplier", 0.0)
         require_range(self, "promised_noise_multiplier", 0.0)
+        require_range(self, "epsilon", 0.0)
         require_range(self, "least_cohort", 0)
 
 

@@ -11,8 +11,13 @@ from typing import Any
 
 from fedpeft.config import RunConfig
 from fedpeft.config.node import RequiredConfig
-from fedpeft.config.privacy import LocalPrivacy, Promise
+from fedpeft.config.privacy import ExampleLevel, LocalPrivacy, Promise
 from fedpeft.errors import PacketError, sentence
+from fedpeft.experiment import population_of
+from fedpeft.privacy import epsilon
+
+DELTA = 1e-5
+"""The δ of the ε that a node lets a run come to."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,14 @@ def _any_noise(config: RunConfig) -> float | None:
     return promise.noise_multiplier if isinstance(promise, Promise) else None
 
 
+def _own_epsilon(config: RunConfig) -> float | None:
+    """What all rounds of the run come to for a node that trains in each and adds the noise itself."""
+    own = config.privacy.chosen
+    if not isinstance(own, LocalPrivacy | ExampleLevel):
+        return None
+    return epsilon((own.expense(population_of(config)),) * config.rounds, DELTA)
+
+
 def _secure(config: RunConfig) -> bool | None:
     """That the server sees sums alone."""
     return config.federation.channel.name == "secure" or None
@@ -77,6 +90,12 @@ PROTECTIONS: Mapping[str, Protection] = {
         lambda shown, asked: bool(shown >= asked),
         "noise of at least {asked} times the clipping norm, added by the node or by the server",
         "set privacy.mechanism=central or local, with at least that noise_multiplier",
+    ),
+    "epsilon": Protection(
+        _own_epsilon,
+        lambda shown, asked: bool(shown <= asked),
+        f"noise that the node adds itself, with which all rounds come to at most ε = {{asked}} at δ = {DELTA:g}",
+        "set privacy.mechanism=local or example with more noise, or run fewer rounds",
     ),
     "secure_aggregation": Protection(
         _secure,
@@ -107,7 +126,7 @@ def require_protections(config: RunConfig, required: RequiredConfig) -> None:
                 sentence(
                     f"this node's required.{name}",
                     expected=protection.expected.format(asked=asked),
-                    found="none" if shown is None else shown,
+                    found="none" if shown is None else f"{shown:.3g}" if isinstance(shown, float) else shown,
                     remedy=protection.remedy,
                 )
             )

@@ -12,6 +12,7 @@ from fedpeft.adapters import AdapterSpec, Tensors, fit
 from fedpeft.privacy.central import clipped
 from fedpeft.privacy.geometry import Sides, geometry
 from fedpeft.privacy.secure.discrete_gaussian import concentration, discrete_gaussian
+from fedpeft.privacy.secure.entropy import SYSTEM, Entropy
 from fedpeft.privacy.secure.fixed_point import (
     Grid,
     quantised,
@@ -53,7 +54,8 @@ class Channel:
 
     An update is clipped to a Euclidean norm of `clip_norm` and becomes integers of `bits` bits. `least_cohort` is the
     fewest clients whose sum is opened, `dropout` the share of them that may fall silent, `colluding` the share that
-    may be in league with a hostile server. With `noise`, clients add some. `signed`: by the keys of nodes.
+    may be in league with a hostile server. With `noise`, clients add some. `signed`: by the keys of nodes. `seed` is
+    the run's: what rounding draws is no secret, masks hide the integers whatever they are rounded by.
     """
 
     clip_norm: float
@@ -63,6 +65,7 @@ class Channel:
     colluding: float
     noise: ClientNoise | None = None
     signed: bool = False
+    seed: int = 0
 
     @property
     def grid(self) -> Grid:
@@ -97,19 +100,25 @@ class Channel:
 
 
 def as_integers(
-    channel: Channel, delta: Tensors, shared: AdapterSpec, sides: Mapping[str, Sides], clients: int
+    channel: Channel,
+    delta: Tensors,
+    shared: AdapterSpec,
+    sides: Mapping[str, Sides],
+    clients: int,
+    rounding: Entropy = SYSTEM,
 ) -> tuple[np.ndarray, float]:
     """`delta` as integers `(shared.parameters,)`, int64, at the server's ranks, and how long it was before clipping.
 
     Tensors stand in order of name, in the coordinates `sides`; what a client of lower rank does not hold is 0. Numbers
-    are rounded up or down at random, so that their mean is themselves, and get this client's share of the noise.
+    are rounded up or down at random, so that their mean is themselves, and get this client's share of the noise, which
+    is the operating system's, and the rounding with it; without noise the draws are those of `rounding`.
     """
     padded = {key: fit(delta[key], shape) for key, shape in shared.shapes.items()}
     there, size = clipped(padded, dict(sides), channel.clip_norm)
     flat = np.concatenate([there[key].ravel() for key in sorted(there)])
     flat = np.clip(flat, -channel.clip_norm, channel.clip_norm)
     if channel.noise is None:
-        return quantised(flat, channel.grid), size
+        return quantised(flat, channel.grid, rounding), size
     whole = quantised_within(flat, channel.grid, channel.clip_norm * (1 + 1e-12), _BETA)
     return whole + discrete_gaussian(channel.variance(clients, flat.size), flat.size), size
 

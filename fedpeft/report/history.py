@@ -17,12 +17,16 @@ _RANKED = ("lora", "lora_sb", "hira", "adalora")
 
 @dataclass(frozen=True)
 class History:
-    """One run. `rounds` is sorted and holds a round once (the last telling); `end` is None while it is going."""
+    """One run. `rounds` is sorted and holds a round once (the last telling); `end` is None while it is going.
+
+    `findings` are what attacks on runs of the same settings came to.
+    """
 
     start: Record
     rounds: tuple[Record, ...]
     bounds: tuple[Record, ...]
     end: Record | None
+    findings: tuple[Record, ...] = ()
 
     @property
     def name(self) -> str:
@@ -173,4 +177,5 @@ def history(records: Sequence[Record]) -> History:
         rounds=tuple(by_round[number] for number in sorted(by_round)),
         bounds=tuple(bounds[-1]) if bounds else (),
         end=ends[-1] if ends else None,
+        findings=tuple(record for record in records if record["event"] == "finding"),
     )

@@ -12,6 +12,7 @@ from fedpeft.errors import RunFolderError, sentence
 from fedpeft.files import write_atomically
 from fedpeft.report.drawing import Plot, inline_svg
 from fedpeft.report.exactness import merge_words, module_table, modules_title
+from fedpeft.report.findings import FOUND_WORDS, finding_table
 from fedpeft.report.history import History, Record, history
 from fedpeft.report.merge_plots import merge_plots
 from fedpeft.report.metrics import metric
@@ -88,6 +89,9 @@ def render_page(records: Sequence[Record]) -> str:
     if merges := _merges(run):
         parts.append(_section("How exact the merges were", merges))
     parts.append(_section("What was protected, and what was not", _paragraphs(protection_words(run))))
+    if run.findings:
+        told = _paragraphs((FOUND_WORDS,)) + _scroll(render_html(finding_table(run), "words"))
+        parts.append(_section("What attacks found", told))
     failures = failure_table(records)
     if failures.rows:
         parts.append(_folded(f"Failures ({len(failures.rows)})", failures, "words"))

@@ -37,8 +37,22 @@ _SECRET_DRAWS = (
 
 def protection_words(run: History) -> tuple[str, ...]:
     """Sentences about what the run protected, from its journal."""
-    mechanism = str(run.config.get("privacy.mechanism") or "none")
-    return _WORDS.get(mechanism, _unknown)(run.config, _spent(run))
+    mechanism, sums = str(run.config.get("privacy.mechanism") or "none"), in_sums(run.config)
+    words = _IN_SUMS.get(mechanism) if sums else None
+    return (words or _WORDS.get(mechanism, _unknown))(run.config, _spent(run))
+
+
+def protected_by(config: Record) -> str:
+    """In a few words: what a run of these settings protects with."""
+    mechanism = str(config.get("privacy.mechanism") or "none")
+    noise = config.get(f"privacy.{mechanism}.noise_multiplier")
+    told = [f"{mechanism} noise of {noise:g}"] if isinstance(noise, float | int) else []
+    return " and ".join([*told, *(["secure sums"] if in_sums(config) else [])]) or "nothing"
+
+
+def in_sums(config: Record) -> bool:
+    """Whether the server of a run of these settings was told sums of updates alone."""
+    return config.get("federation.channel.kind") == "secure"
 
 
 def spent_by(run: History) -> float | None:
@@ -63,6 +77,46 @@ def _none(config: Record, spent: float) -> tuple[str, ...]:  # noqa: ARG001
     )
 
 
+def _summed(config: Record, spent: float) -> tuple[str, ...]:  # noqa: ARG001
+    return (
+        "Rows never left their sites. No ε is promised: sums of updates and adapters can give away what they were "
+        "trained on.",
+        *_sums(config),
+        _IN_CLEAR,
+    )
+
+
+def _central_in_sums(config: Record, spent: float) -> tuple[str, ...]:
+    clip = config.get("privacy.central.clip_norm", math.nan)
+    return (
+        "Protected: all that one client has (the unit is a client), from everyone who sees the sums or the adapter, "
+        "after any round or all of them; from the server too, as far as its sums go. Clients added the noise.",
+        f"{_promise(config, 'central', spent)}: {_DRAWN['reachable']}. Each update was clipped to a norm of {clip:g} "
+        "and rounded, and each client added its share of discrete Gaussian noise: together that of those who must "
+        f"stay is {_noise(config, 'central')} times that norm.",
+        *_sums(config),
+        _IN_CLEAR,
+    )
+
+
+def _sums(config: Record) -> tuple[str, ...]:
+    """What secure sums hide of the updates in them, and from which server."""
+    least = config.get("federation.channel.secure.least_cohort", 3)
+    colluding = float(config.get("federation.channel.secure.colluding") or 0.0)
+    signed = (
+        "Messages were signed by the nodes' own keys: for nodes that know their peers that holds even of a server "
+        f"that does not keep to the protocol, with up to {colluding:.0%} of the clients on its side."
+        if config.get("federation.channel.secure.signed")
+        else "Messages were not signed: a server that does not keep to the protocol could have played all other "
+        "clients against one and read that one's update."
+    )
+    return (
+        "Protected: each client's update, from a server that keeps to the protocol. It saw sums of the updates of "
+        f"{least} clients or more and no update alone.",
+        signed,
+    )
+
+
 def _central(config: Record, spent: float) -> tuple[str, ...]:
     sampler = str(config.get("privacy.central.sampler", "poisson"))
     clip = "that followed the clients' own norms" if config.get("privacy.central.adaptive") else "of"
@@ -83,9 +137,11 @@ def _local(config: Record, spent: float) -> tuple[str, ...]:
     return (
         "Protected: all that one client has (the unit is a client), from everyone, the server too: each client added "
         "noise to its own update before sending it.",
-        f"{_promise(config, 'local', spent)}, for a client that took part in every round. Each update was clipped to a "
-        f"norm of {config.get('privacy.local.clip_norm', math.nan):g} and got Gaussian noise of "
-        f"{_noise(config, 'local')} times that.",
+        f"{_promise(config, 'local', spent)}, for a client that took part in every round: no draw is counted, and any "
+        "two states of its rows are neighbours. Each update was clipped to a norm of "
+        f"{config.get('privacy.local.clip_norm', math.nan):g} and got Gaussian noise of {_noise(config, 'local')} "
+        "times that.",
+        *(_sums(config) if in_sums(config) else ()),
         _IN_CLEAR,
     )
 
@@ -102,6 +158,7 @@ def _example(config: Record, spent: float) -> tuple[str, ...]:
         f"took part in every round: {drawn}. Gradients were clipped to a norm of "
         f"{config.get('privacy.example.clip_norm', math.nan):g} each, and a step's sum got Gaussian noise of "
         f"{_noise(config, 'example')} times that.",
+        *(_sums(config) if in_sums(config) else ()),
         _IN_CLEAR,
     )
 
@@ -127,3 +184,6 @@ _WORDS: Mapping[str, Callable[[Record, float], tuple[str, ...]]] = {
     "example": _example,
 }
 """What to say of a mechanism, by its name."""
+
+_IN_SUMS: Mapping[str, Callable[[Record, float], tuple[str, ...]]] = {"none": _summed, "central": _central_in_sums}
+"""What to say instead where secure sums change what the mechanism protects."""

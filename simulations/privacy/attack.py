@@ -48,6 +48,9 @@ def main(
     attack: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A setting of the attack.")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds with commas between; empty for that of the settings.")] = "",
     out: Annotated[Path | None, typer.Option(help="A file that each finding is added to, a line of JSON.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="The folder of a run of these settings, whose journal and report tell of it.")
+    ] = None,
 ) -> None:
     """Run the federation once for each seed, attack it, print what was found and keep it."""
     chosen = settings_of(name, attack or [])
@@ -55,12 +58,15 @@ def main(
     every: list[Finding] = []
     for seed in [int(text) for text in seeds.split(",")] if seeds else [asked.seed]:
         run = resolve(replace(asked, seed=seed))
+        folder = findings.require_same(run, report) if report else None
         use_threads(run.compute.threads)
         found = chosen.run(run)
         every += found
         if out:
             context = {"run": run.name, "seed": seed, "settings": to_tree(chosen), "config": to_flat(run)}
             findings.write(out, found, context)
+        if folder:
+            findings.report(folder, found, {"seed": seed, "settings": to_tree(chosen)})
     typer.echo(findings.table(every))
 
 

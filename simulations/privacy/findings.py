@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft import journal
+from fedpeft.config import RunConfig, to_flat
+from fedpeft.errors import ConfigError, sentence
+from fedpeft.locks import held
+from fedpeft.report.page import write_report
+from fedpeft.runs import RunFolder, reopen, writing
 from simulations.privacy.figures import Interval
 
 
@@ -49,6 +54,39 @@ def write(path: Path, findings: Iterable[Finding], context: Mapping[str, Any]) -
     """
     for finding in findings:
         journal.append(path, {"event": "attack", **context, **asdict(finding)})
+
+
+def require_same(config: RunConfig, root: Path) -> RunFolder:
+    """The run folder `root`, whose run has the settings of `config` in all but its seed and what cannot change it.
+
+    Raises:
+        RunFolderError: there is no run.
+        ConfigError: it is another one, so what is found of `config` does not hold of it.
+    """
+    folder, stored = reopen(root, [])
+    theirs, ours = to_flat(stored), to_flat(config)
+    unlike = sorted(key for key in theirs | ours if theirs.get(key) != ours.get(key) and not key.startswith(_FREE))
+    if unlike:
+        remedy = f"give the settings of {folder.config}"
+        expected = f"the settings of the run in {root}"
+        raise ConfigError(sentence("--report", expected=expected, found=f"another {', '.join(unlike)}", remedy=remedy))
+    return folder
+
+
+_FREE = ("out", "name", "seed", "compute.", "observation.", "evaluation.", "model.device")
+"""What may differ between the run that was attacked and the one whose report tells of it."""
+
+
+def report(folder: RunFolder, findings: Iterable[Finding], context: Mapping[str, Any]) -> None:
+    """The run's journal has a record `{"event": "finding", ...}` of each finding, and its report shows them.
+
+    Raises:
+        RunFolderError: another process writes the folder, or its disk is full.
+    """
+    with held(folder.root), writing(folder.journal):
+        for finding in findings:
+            journal.append(folder.journal, {"event": "finding", **context, **asdict(finding)})
+        write_report(folder.root)
 
 
 def read(path: Path) -> list[Finding]:

@@ -98,13 +98,14 @@ class Federation:
     ) -> Iterator[subprocess.Popen[bytes]]:
         """The node `name` of partition `number` runs inside and reaches the server at `address`.
 
-        It has the certificate and key of its name, or `paths`, and is started by `clients.start`, or by `command`,
-        which takes its file.
+        It has the certificate and key of its name, or `paths`, knows the others' public keys, and is started by
+        `clients.start`, or by `command`, which takes its file.
         """
         file = self.lab.root / f"{name}.toml"
         ca, key = paths.get("ca", self.keys / "ca.crt"), paths.get("key", self.keys / name)
         file.write_text(
-            f'partition = {number}\nport = 0\nprofile = "{profile}"\n\n[model]\ndevice = "cpu"\n\n'
+            f'partition = {number}\nport = 0\nprofile = "{profile}"\npeers = "{self.keys}"\n\n'
+            f'[model]\ndevice = "cpu"\n\n'
             f'[server]\naddress = "{address}"\nroot_certificates = "{ca}"\nprivate_key = "{key}"\n'
             f"heartbeat_seconds = {BEATS}\n"
         )

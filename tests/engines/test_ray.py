@@ -13,6 +13,7 @@ from fedpeft import journal
 from fedpeft.runs import RunFolder
 from tests.engines import processes
 from tests.engines.conftest import ROOT, SHRUNK, adapter
+from tests.engines.private import CENTRAL, EXAMPLE, LOCAL, SUMS
 
 pytestmark = [pytest.mark.engines, pytest.mark.assets]
 THREE = ("federation.clients=3", "federation.cohort=2")
@@ -55,6 +56,32 @@ def test_ray_gives_the_bytes_of_the_in_process_engine_and_so_does_resuming(
     assert done.returncode == 0, done.stderr
     assert any(record["event"] == "resume" and record["round"] == 1 for record in journal.read(folder.journal))
     assert adapter(folder.root) == expected
+
+
+@pytest.mark.parametrize("private", [CENTRAL, (*SUMS, *EXAMPLE)], ids=["central", "sums of example-level updates"])
+def test_a_private_run_on_ray_gives_the_bytes_of_the_in_process_engine(
+    tmp_path: Path, in_process: Callable[..., bytes], private: tuple[str, ...]
+) -> None:
+    asked = ("federation.clients=3", "federation.cohort=3", *private)
+    expected = in_process(*asked)
+    folder = RunFolder(tmp_path / "ray")
+    done = simulate(folder.root, *asked)
+    assert done.returncode == 0, done.stderr
+    rounds = [record for record in journal.read(folder.journal) if record["event"] == "round"]
+    assert [record["failures"] for record in rounds] == [[], []]
+    assert 0 < rounds[0]["epsilon"] < rounds[1]["epsilon"]
+    assert adapter(folder.root) == expected
+
+
+def test_clients_on_ray_add_noise_of_their_own(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "ray")
+    done = simulate(folder.root, *THREE, *LOCAL, "rounds=1")
+    assert done.returncode == 0, done.stderr
+    records = journal.read(folder.journal)
+    noise = 0.02 * records[0]["adapter"]["trainable_parameters"] ** 0.5
+    sizes = [client["update_norm"] for one in records if one["event"] == "round" for client in one["clients"]]
+    assert len(sizes) == 2
+    assert all(0.9 * noise < size < 1.1 * noise for size in sizes)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ CLIPPED = "aggregation.stages.clip_norm=0.5"
 
 CENTRAL = ("privacy.mechanism=central", "privacy.central.noise_multiplier=1.5", "privacy.central.clip_norm=0.3")
 SECURE = ("federation.channel.kind=secure", "federation.channel.secure.least_cohort=4")
+EXAMPLE = ("privacy.mechanism=example", "privacy.example.noise_multiplier=1.5", "privacy.example.rows=400", "rounds=2")
 LOCAL = ("privacy.mechanism=local", "privacy.local.noise_multiplier=1.5", "privacy.local.clip_norm=0.3")
 
 
@@ -34,6 +35,8 @@ def test_clipping_that_is_tight_enough_suffices(asked: float) -> None:
     [
         (LOCAL, RequiredConfig(clip_norm=0.3, noise_multiplier=1.5, promised_noise_multiplier=1.5)),
         (CENTRAL, RequiredConfig(promised_noise_multiplier=1.5)),
+        ((*LOCAL, "rounds=4"), RequiredConfig(epsilon=16.0)),
+        (EXAMPLE, RequiredConfig(epsilon=16.0)),
         (SECURE, RequiredConfig(secure_aggregation=True, least_cohort=4)),
     ],
 )
@@ -52,6 +55,9 @@ def test_protection_that_is_strong_enough_suffices(overrides: tuple[str, ...], r
         (CENTRAL, RequiredConfig(promised_noise_multiplier=1.6), "added by the node or by the server, found 1.5"),
         (CENTRAL, RequiredConfig(clip_norm=9.0), "expected updates clipped to a norm of at most 9.0"),
         (LOCAL, RequiredConfig(noise_multiplier=1.6), "added by the node itself, found 1.5"),
+        (CENTRAL, RequiredConfig(epsilon=50.0), "all rounds come to at most ε = 50.0 at δ = 1e-05, found none"),
+        ((*LOCAL, "rounds=4"), RequiredConfig(epsilon=12.0), "ε = 12.0 at δ = 1e-05, found 14.3"),
+        ((*EXAMPLE, "rounds=40"), RequiredConfig(epsilon=2.0), "ε = 2.0 at δ = 1e-05, found"),
         (SECURE, RequiredConfig(least_cohort=5), "secure sums of at least 5 clients, found 4"),
         ((CLIPPED,), RequiredConfig(least_cohort=2), "secure sums of at least 2 clients, found none"),
         ((CLIPPED,), RequiredConfig(secure_aggregation=True), "expected secure aggregation, found none"),

@@ -14,11 +14,12 @@ from dp_accounting import pld
 
 from fedpeft import federate as running
 from fedpeft import journal
+from fedpeft.commands.check import protection
 from fedpeft.config import RunConfig, override
 from fedpeft.errors import ConfigError, DataError, PlanError
 from fedpeft.experiment import deal_rows, resolve, spent_of
 from fedpeft.federate import federate, silent
-from fedpeft.privacy import ledger
+from fedpeft.privacy import epsilon, ledger
 from fedpeft.report.history import history
 from fedpeft.report.protection import protection_words
 from fedpeft.runs import RunFolder, folder_for, reopen
@@ -141,6 +142,8 @@ def test_a_run_that_dies_between_paying_and_releasing_pays_for_the_round_again(
     assert [spent.round for spent in paid] == [1, 2, 2, 3, 4]
     assert records[-1]["epsilon"] == spent_of(resolve(plan("run")), paid)
     assert records[-1]["epsilon"] > spent_of(resolve(plan("run")), paid[:4])
+    run(plan("whole"))
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
 def test_rounds_to_which_nobody_is_drawn_are_rounds_of_noise(plan: Callable[..., RunConfig]) -> None:
@@ -158,6 +161,22 @@ def test_clients_that_protect_themselves_go_with_any_rule(plan: Callable[..., Ru
     noise = [client["update_norm"] for record in rounds_of(records) for client in record["clients"]]
     size = history(records).start["adapter"]["trainable_parameters"] ** 0.5
     assert all(0.5 * 0.2 * size < found < 2 * 0.2 * size for found in noise)
+
+
+def test_a_run_stops_before_a_client_that_trained_in_each_round_would_exceed_its_budget(
+    plan: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    local = ("privacy.mechanism=local", "privacy.local.noise_multiplier=2", "privacy.local.delta=1e-5")
+    own = Spent(0, "own", 1, 1.0, 2.0)
+    budget = epsilon((own, own), 1e-5) * 1.001
+    config = plan("local", *local, f"privacy.local.epsilon={budget}", "federation.cohort=2")
+    told = dict(protection(resolve(config)))
+    assert told["privacy after all rounds"].endswith("at δ = 1e-05 for a client that trains in each")
+    assert told["budget"] == f"stops before a round that would exceed ε = {budget:g}"
+    records = run(config)
+    assert [record["round"] for record in rounds_of(records)] == [1, 2]
+    assert records[-1]["stopped"] == "budget"
+    assert len(ledger.paid(RunFolder(tmp_path / "local").ledger, ())) == 2
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fedpeft import journal
 from fedpeft.client import Site
 from fedpeft.config import RunConfig, override
 from fedpeft.engines.local import LocalTransport
@@ -258,6 +259,62 @@ def test_a_round_that_was_cut_short_before_its_sum_was_opened_comes_again(
     inner = LocalTransport(5, lambda p: site_of(again, p), FolderMemory(folder.root / "memories"))
     records = federate(again, folder, Watched(inner), engine="local", resume=True)
     assert [len(record["clients"]) for record in rounds_of(records)] == [5, 5]
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the run catches it."""
+
+
+@dataclass
+class Dying(Watched):
+    """A transport whose server dies in round 2, once it has all answers of phase `dies`."""
+
+    dies: str = ""
+
+    def exchange(
+        self, requests: Mapping[int, Packet], timeout_seconds: float
+    ) -> Iterator[tuple[int, Packet | Failure]]:
+        yield from super().exchange(requests, timeout_seconds)
+        asked = {(packet.manifest["round"], packet.manifest.get("phase", packet.kind)) for packet in requests.values()}
+        if (2, self.dies) in asked:
+            raise Killed
+
+
+def killed_in(config: RunConfig, phase: str) -> None:
+    folder = folder_for(config)
+    inner = LocalTransport(5, lambda p: site_of(config, p), FolderMemory(folder.root / "memories"))
+    with pytest.raises(Killed):
+        federate(config, folder, Dying(inner, dies=phase), engine="local")
+
+
+def resumed(root: Path) -> tuple[list[dict[str, Any]], Watched]:
+    folder, config = reopen(root, [])
+    watched = Watched(LocalTransport(5, lambda p: site_of(config, p), FolderMemory(folder.root / "memories")))
+    return federate(config, folder, watched, engine="local", resume=True), watched
+
+
+@pytest.mark.parametrize("phase", ["fit", "shares", "input", "confirmation"])
+def test_a_server_that_is_killed_before_a_sum_is_open_goes_on_to_the_same_bytes(
+    plan: Callable[..., RunConfig], tmp_path: Path, phase: str
+) -> None:
+    run(plan("whole"))
+    killed_in(plan("cut"), phase)
+    records, _ = resumed(tmp_path / "cut")
+    assert [len(record["clients"]) for record in rounds_of(records)] == [5, 5]
+    for key, value in weights(tmp_path / "whole").items():
+        np.testing.assert_array_equal(weights(tmp_path / "cut")[key], value)
+
+
+def test_a_server_that_is_killed_once_a_sum_is_open_stops_and_says_what_to_do(
+    plan: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    killed_in(plan("cut"), "opening")
+    with pytest.raises(QuorumError) as said:
+        resumed(tmp_path / "cut")
+    assert str(said.value).startswith("secure sum of round 2: expected enough clients in each of its exchanges")
+    assert "whose sum is open, found round 2 again; begin a new run from the last adapter" in str(said.value)
+    missed = journal.read(tmp_path / "cut" / "journal.jsonl")[-2]
+    assert (missed["event"], missed["round"], len(missed["failures"])) == ("missed", 2, 5)
 
 
 def test_phases_out_of_order_are_refused(plan: Callable[..., RunConfig]) -> None:

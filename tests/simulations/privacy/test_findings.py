@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedpeft import journal
-from fedpeft.config import load
+from fedpeft.config import RunConfig, load, to_flat
+from fedpeft.errors import ConfigError
+from fedpeft.experiment import resolve
+from fedpeft.runs import RunFolder, create
 from simulations.privacy import findings
 from simulations.privacy.figures import Interval
 from simulations.privacy.findings import Finding
@@ -47,6 +52,24 @@ def test_the_settings_of_each_experiment_can_be_read_and_say_how_it_is_run(path:
     commands = [line for line in path.read_text().splitlines() if "python -m simulations.privacy." in line]
     assert commands
     assert all(path.name in line or "poisoning" in line for line in commands)
+
+
+def test_a_report_of_the_attacked_run_tells_of_what_was_found(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = replace(resolve(tiny_config(seed=5)), out=str(tmp_path / "run"))
+    folder = RunFolder(Path(config.out))
+    create(folder, config)
+    journal.append(folder.journal, {"event": "start", "config": to_flat(config)})
+    assert findings.require_same(replace(config, seed=6), folder.root).root == folder.root
+    one = findings.found("membership", "the final adapter", "area under the curve", Interval(0.71, 0.66, 0.75), 120)
+    findings.report(folder, [one], {"seed": 6})
+    page = (folder.root / "report.html").read_text()
+    for told in ("What attacks found", "area under the curve", "0.71", "0.66 to 0.75", "<td>nothing</td>"):
+        assert told in page, told
+    for other in (tiny_config(seed=5, rounds=9), tiny_config(seed=5, training={"steps": 3})):
+        with pytest.raises(ConfigError, match=r"--report: expected the settings of the run in .*found another"):
+            findings.require_same(resolve(other), folder.root)
 
 
 def test_the_table_has_a_line_for_each_finding() -> None:
