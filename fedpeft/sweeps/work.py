@@ -16,7 +16,7 @@ from typing import Any
 from fedpeft import journal
 from fedpeft.config import RunConfig
 from fedpeft.engines.local import LocalTransport
-from fedpeft.errors import ConfigError, sentence
+from fedpeft.errors import ConfigError, FedPeftError, sentence
 from fedpeft.experiment import resolve, site_of
 from fedpeft.federate import federate
 from fedpeft.files import write_atomically
@@ -102,6 +102,23 @@ def _fresh(asked: RunConfig) -> tuple[RunFolder, RunConfig]:
     return folder, resolve(replace(asked, out=str(folder.root)))
 
 
+def _asked(measure: Callable[..., Any], cell: Cell) -> dict[str, Any]:
+    """What somebody's own function says of the run.
+
+    Raises:
+        ConfigError: it failed in words of its own.
+    """
+    try:
+        return dict(measure(cell.folder))
+    except FedPeftError:
+        raise
+    except Exception as error:  # one measurement that fails must not end the other runs
+        found = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            sentence(cell.measure, expected="figures by name", found=found, remedy="correct the function")
+        ) from error
+
+
 def _measured(cell: Cell) -> Mapping[str, Any]:
     """What the cell's measurement tells; done again only where its module is another."""
     measure, path = loaded(cell.measure), cell.folder / MEASURED
@@ -112,6 +129,6 @@ def _measured(cell: Cell) -> Mapping[str, Any]:
         if {key: kept.get(key) for key in by} == by:
             return dict(kept["figures"])
     use_threads(cell.config.compute.threads)
-    figures = dict(measure(cell.folder))
+    figures = _asked(measure, cell)
     write_atomically(path, json.dumps({**by, "figures": figures}).encode())
     return figures

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpeft import checkpoint, journal
+from fedpeft import checkpoint
 from fedpeft.config import RunConfig
 from fedpeft.data.rows import Row, prepare
 from fedpeft.errors import DataError, sentence
@@ -113,15 +113,4 @@ def recovered(findings: Sequence[Finding]) -> Mapping[str, Any]:
         "recovered_high": share.high,
         "words": share.n,
         "words_over_rank": load.value,
-    }
-
-
-def costs(folder: Path) -> Mapping[str, Any]:
-    """What a round takes on average, of one client up to all: bytes it sends, and seconds of everybody's work."""
-    records = journal.read(folder / "journal.jsonl")
-    rounds = [record for record in records if record["event"] == "round"]
-    asked = sum(len(record["clients"]) for record in rounds)
-    return {
-        "bytes_up_of_a_client": sum(record["bytes_up"] for record in rounds) / max(1, asked),
-        "round_seconds": sum(record["seconds"] for record in rounds) / len(rounds),
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from fedpeft.files import write_atomically
@@ -217,6 +218,8 @@ def _inversion(rows: Rows) -> Figure | None:
             handles += axes.plot([load], [_share(same)], "X", color=color, markersize=8)
             names.append(f"LoRA, {variants[0].replace('-', ' ')}")
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set_ylim(-0.05, 1.05)
         drawing.percent_axis(axes)
         drawing.legend(figure, handles, names)
