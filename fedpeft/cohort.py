@@ -8,10 +8,8 @@ for the rounding of sums. Adapters of a lower rank are padded with zeros, which 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +18,8 @@ from torch import nn
 from fedpeft.adapters import AdapterState
 from fedpeft.batches import batches_from
 from fedpeft.client import FitJob, Fitted
-from fedpeft.cohort_layers import Way, side_by_side
+from fedpeft.cohort_layers import Way
+from fedpeft.cohort_pass import Part, losses_of_parts, passes
 from fedpeft.coordinates import put
 from fedpeft.corrections import Pull, pull_of
 from fedpeft.errors import FedPeftError
@@ -29,12 +28,6 @@ from fedpeft.models import AdaptedModel, extract, install, trained
 from fedpeft.randomness import derive_seed
 from fedpeft.tasks import Encoded
 from fedpeft.training import TorchLearner, learning_rate_factor, mean_loss, rate_groups
-
-_LEAST_FULL = 0.6
-"""The least share of a pass's rows, and of its tokens, that a client has to fill, where a pass is large."""
-
-_SMALL_TOKENS = 512
-"""Passes of no more tokens are not split for the sake of padding."""
 
 _IMAGE_TOKENS = 256
 """What an image, whose size is said to be 1, counts for."""
@@ -128,6 +121,41 @@ def fit_cohort(members: Sequence[Member], most_tokens: int, way: Way) -> list[Fi
         return [_finished(run, at, stacks, settings.learning_rate * rate) for at, run in enumerate(runs)]
 
 
+def gradients(members: Sequence[Member], most_tokens: int, way: Way, by: float) -> tuple[list[torch.Tensor], ...]:
+    """Those of each parameter at the members' first batches, `(members, *shape)`: all together, and one by one.
+
+    They are taken a little off the start, by a standard deviation of `by`, because some numbers begin at zero and hide
+    others. Padding stays zero.
+    """
+    adapted = members[0].learner.adapted
+    with torch.random.fork_rng():
+        runs, stacks = _begun(members)
+        torch.manual_seed(0)
+        for key, stack in stacks.items():
+            for at, run in enumerate(runs if stack.requires_grad else ()):
+                corner = stack.data[at][_corner(run.shapes[key])]
+                corner += by * torch.randn_like(corner)
+        batches = [next(run.batches) for run in runs]
+        adapted.model.train()
+        _add_gradients(adapted, runs, batches, stacks, 1, most_tokens, way)
+        one_by_one = {key: torch.zeros_like(stack) for key, stack in stacks.items() if stack.requires_grad}
+        for at, (run, batch) in enumerate(zip(runs, batches, strict=True)):
+            _put(adapted, run, at, stacks)
+            own = {key: parameter for key, parameter in trained(adapted).items() if key in one_by_one}
+            task, collated = run.member.learner.task, run.member.learner.task.collate
+            torch.manual_seed(_seed(run.member))
+            with autocast(adapted):
+                loss = task.loss(adapted.model, collated(batch, padding(adapted), adapted.device))
+                total = loss if adapted.penalty is None else loss + adapted.penalty()
+            found = torch.autograd.grad(total, list(own.values()), allow_unused=True)
+            for key, gradient in zip(own, found, strict=True):
+                if gradient is not None:
+                    one_by_one[key][at][_corner(gradient.shape)] = gradient
+        learned = [stacks[key] for key in one_by_one]
+        cohort = [torch.zeros_like(one) if one.grad is None else one.grad for one in learned]
+        return cohort, list(one_by_one.values())
+
+
 def _begun(members: Sequence[Member]) -> tuple[list[_Run], dict[str, nn.Parameter]]:
     """The members at their start, and for each parameter of the adapter their values, `(members, *widest shape)`."""
     adapted = members[0].learner.adapted
@@ -138,7 +166,7 @@ def _begun(members: Sequence[Member]) -> tuple[list[_Run], dict[str, nn.Paramete
         install(adapted, member.adapter)
         own = {key: parameter.detach().clone() for key, parameter in trained(adapted).items()}
         learner, job = member.learner, member.job
-        torch.manual_seed(derive_seed(learner.seed, job.round, job.partition, "dropout"))
+        torch.manual_seed(_seed(member))
         batch_size = learner.settings.batch_size
         runs.append(
             _Run(
@@ -169,140 +197,39 @@ def _accumulate(
     most: int,
     way: Way,
 ) -> None:
-    """Adds the gradients of one micro-batch of every member."""
+    """Adds the gradients of one micro-batch of every member, and what they saw."""
     batches = [next(run.batches) for run in runs]
+    losses = _add_gradients(adapted, runs, batches, stacks, accumulation, most, way)
+    for run, batch, loss in zip(runs, batches, losses, strict=True):
+        run.losses.append(loss)
+        run.examples += len(batch)
+        run.tokens += sum(example.size for example in batch)
+
+
+def _add_gradients(
+    adapted: AdaptedModel,
+    runs: Sequence[_Run],
+    batches: Sequence[list[Encoded]],
+    stacks: Mapping[str, nn.Parameter],
+    accumulation: int,
+    most: int,
+    way: Way,
+) -> list[torch.Tensor]:
+    """Adds the gradients of every member's batch; their losses."""
+    found: dict[int, torch.Tensor] = {}
     for at in passes([(len(batch), max(map(_tokens, batch))) for batch in batches], most):
         index = torch.tensor(at, device=adapted.device)
         own = stacks if at == list(range(len(runs))) else {key: stack[index] for key, stack in stacks.items()}
-        losses = _losses(adapted, [runs[i] for i in at], [batches[i] for i in at], own, way)
+        parts = [Part(batches[i], runs[i].stream) for i in at]
+        losses = losses_of_parts(adapted, runs[0].member.learner.task, parts, own, way)
+        for i, part in zip(at, parts, strict=True):
+            runs[i].stream = part.stream
         total = torch.stack(losses).sum()
         if adapted.penalty is not None:
             _add_penalties(adapted, [(i, runs[i]) for i in at], stacks, accumulation)
         torch.autograd.backward(total / accumulation)
-        for i, loss in zip(at, losses, strict=True):
-            runs[i].losses.append(loss.detach())
-            runs[i].examples += len(batches[i])
-            runs[i].tokens += sum(example.size for example in batches[i])
-
-
-def passes(sizes: Sequence[tuple[int, int]], most: int) -> list[list[int]]:
-    """Which clients go through the model together, by number, from the (rows, longest row) that each brings.
-
-    Those of like length do; a pass holds at most `most` tokens, padding counted, or one client.
-    """
-    found: list[list[int]] = []
-    order = sorted(range(len(sizes)), key=lambda at: (-sizes[at][1], -sizes[at][0], at))
-    rows = width = 0
-    for at in order:
-        own_rows, own_width = sizes[at]
-        tallest = max(rows, own_rows)
-        padded = tallest * width * (len(found[-1]) + 1) if found else math.inf
-        full = own_rows >= _LEAST_FULL * rows and own_width >= _LEAST_FULL * width
-        if padded <= most and (full or padded <= _SMALL_TOKENS):
-            found[-1].append(at)
-            rows = tallest
-        else:
-            found.append([at])
-            rows, width = own_rows, own_width
-    return [sorted(each) for each in found]
-
-
-def _losses(
-    adapted: AdaptedModel,
-    runs: Sequence[_Run],
-    batches: Sequence[list[Encoded]],
-    own: Mapping[str, torch.Tensor],
-    way: Way,
-) -> list[torch.Tensor]:
-    """The loss of each member's batch, all from one pass of the model."""
-    task = runs[0].member.learner.task
-    rows = max(len(batch) for batch in batches)
-    whole = task.collate([example for batch in batches for example in batch], padding(adapted), adapted.device)
-    ends = np.cumsum([0, *(len(batch) for batch in batches)]).tolist()
-    slices = [{key: value[a:b] for key, value in whole.items()} for a, b in zip(ends, ends[1:], strict=False)]
-    model: Any = adapted.model
-    with autocast(adapted):
-        asked = [_asked(run, model, task.loss, batch) for run, batch in zip(runs, slices, strict=True)]
-        by_id = {id(parameter): own[key] for key, parameter in trained(adapted).items()}
-        with side_by_side(model, by_id, rows, way):
-            answer = model(**_below(asked, rows))
-        return [
-            task.loss(_Answering(model, answer, slice(at * rows, at * rows + len(batch))), part)  # type: ignore[arg-type]
-            for at, (batch, part) in enumerate(zip(batches, slices, strict=True))
-        ]
-
-
-class _Reached(Exception):  # noqa: N818
-    """The task has asked the model."""
-
-
-@dataclass(frozen=True)
-class _Asking:
-    """Stands for the model, and notes what the task asks of it."""
-
-    model: Any
-    asked: dict[str, Any]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def __call__(self, **kwargs: Any) -> Any:
-        self.asked.update(kwargs)
-        raise _Reached
-
-
-@dataclass(frozen=True)
-class _Answering:
-    """Stands for the model, and answers a task with its own rows of what the model said."""
-
-    model: Any
-    answer: Any
-    rows: slice
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def __call__(self, **kwargs: Any) -> Any:
-        del kwargs
-        return _Rows(self.answer, self.rows)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Some rows of what a model said."""
-
-    answer: Any
-    rows: slice
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.answer, name)
-        return value[self.rows] if isinstance(value, torch.Tensor) else value
-
-
-def _asked(
-    run: _Run, model: nn.Module, loss: Callable[..., torch.Tensor], batch: Mapping[str, torch.Tensor]
-) -> dict[str, Any]:
-    """What the task asks of the model for this member's batch; what it draws comes from the member's own stream."""
-    asking = _Asking(model, {})
-    torch.set_rng_state(run.stream)
-    try:
-        loss(asking, batch)
-    except _Reached:
-        pass
-    run.stream = torch.get_rng_state()
-    return asking.asked
-
-
-def _below(asked: Sequence[Mapping[str, Any]], rows: int) -> dict[str, Any]:
-    """The arguments of all members, `rows` rows of each one below the other; the last row is repeated where one lacks."""
-    found: dict[str, Any] = {}
-    for key, value in asked[0].items():
-        each = [one[key] for one in asked]
-        if isinstance(value, torch.Tensor):
-            found[key] = torch.cat([torch.cat([one, one[-1:].expand(rows - len(one), *one.shape[1:])]) for one in each])
-        else:
-            found[key] = value
-    return found
+        found |= {i: loss.detach() for i, loss in zip(at, losses, strict=True)}
+    return [found[i] for i in range(len(runs))]
 
 
 def _add_penalties(
@@ -380,6 +307,10 @@ def _put(adapted: AdaptedModel, run: _Run, at: int, stacks: Mapping[str, nn.Para
     with torch.no_grad():
         for key, parameter in trained(adapted).items():
             put(parameter, stacks[key].detach()[at][_corner(run.shapes[key])].clone())
+
+
+def _seed(member: Member) -> int:
+    return derive_seed(member.learner.seed, member.job.round, member.job.partition, "dropout")
 
 
 def _corner(shape: Sequence[int]) -> tuple[slice, ...]:

@@ -28,7 +28,7 @@ One = Callable[[Numbers, Sequence[torch.Tensor]], Tensors]
 """What a layer makes of one client's rows, by the client's own numbers."""
 
 Way = Callable[[One, Numbers, Sequence[torch.Tensor], Sequence[int | None]], Tensors]
-"""`way(one, own, given, dims)`: what `one` makes for each client, `(clients, ...)`; `dims` says whose rows are apart."""
+"""`way(one, own, given, dims)`: what `one` makes for each client, `(clients, ...)`; `dims` are those of their rows."""
 
 
 @contextlib.contextmanager
@@ -138,7 +138,8 @@ def _whole(compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         own_args, own_kwargs = pytree.tree_unflatten(filled, shape)
         return compute(*own_args, **own_kwargs)
 
-    return _AsOneBatch.apply(of, *(leaves[at] for at in places))
+    made: Any = _AsOneBatch.apply(of, *(leaves[at] for at in places))  # type: ignore[no-untyped-call]
+    return made
 
 
 class _AsOneBatch(torch.autograd.Function):

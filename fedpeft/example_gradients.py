@@ -121,6 +121,7 @@ class Inside(nn.Module):
         self.compute = compute
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What `compute` makes of it."""
         return self.compute(*args, **kwargs)
 
 

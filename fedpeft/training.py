@@ -106,7 +106,7 @@ def fit(learner: TorchLearner, adapter: AdapterState, job: FitJob) -> Fitted:
         accumulate = _private_accumulation(learner, learner.private, job, parameters, batches, seen)
     first_step = (job.round - 1) * settings.steps
     adapted.model.train()
-    with without(adapted, job.frozen), _randomness(learner.seed, job):
+    with _without(adapted, job.frozen), _randomness(learner.seed, job):
         for step in range(first_step, first_step + settings.steps):
             rate = learning_rate_factor(settings, step, learner.rounds * settings.steps)
             for group in optimizer.param_groups:
@@ -275,6 +275,11 @@ def _finish_step(
 
 
 def mean_loss(found: Sequence[torch.Tensor], job: FitJob) -> float:
+    """The mean of the losses of one fit.
+
+    Raises:
+        FederationError: one is not finite.
+    """
     losses = torch.stack(list(found)).double().cpu().numpy()
     if not np.isfinite(losses).all():
         raise FederationError(
@@ -312,7 +317,7 @@ def use_threads(threads: int) -> None:
 
 
 @contextlib.contextmanager
-def without(adapted: AdaptedModel, frozen: Sequence[str]) -> Iterator[None]:
+def _without(adapted: AdaptedModel, frozen: Sequence[str]) -> Iterator[None]:
     """Inside, the adapter's `frozen` tensors take no gradient."""
     still = [parameter for key in frozen for parameter in adapted.bindings[key].parameters]
     try:
