@@ -142,18 +142,23 @@ def gradients(members: Sequence[Member], most_tokens: int, way: Way, by: float) 
         for at, (run, batch) in enumerate(zip(runs, batches, strict=True)):
             _put(adapted, run, at, stacks)
             own = {key: parameter for key, parameter in trained(adapted).items() if key in one_by_one}
-            task, collated = run.member.learner.task, run.member.learner.task.collate
-            torch.manual_seed(_seed(run.member))
-            with autocast(adapted):
-                loss = task.loss(adapted.model, collated(batch, padding(adapted), adapted.device))
-                total = loss if adapted.penalty is None else loss + adapted.penalty()
-            found = torch.autograd.grad(total, list(own.values()), allow_unused=True)
+            found = _alone(run.member, batch, list(own.values()))
             for key, gradient in zip(own, found, strict=True):
                 if gradient is not None:
                     one_by_one[key][at][_corner(gradient.shape)] = gradient
         learned = [stacks[key] for key in one_by_one]
         cohort = [torch.zeros_like(one) if one.grad is None else one.grad for one in learned]
         return cohort, list(one_by_one.values())
+
+
+def _alone(member: Member, batch: list[Encoded], parameters: list[nn.Parameter]) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of one member's batch as the model holds its numbers; no graph is left, which would bind ranks."""
+    adapted, task = member.learner.adapted, member.learner.task
+    torch.manual_seed(_seed(member))
+    with autocast(adapted):
+        loss = task.loss(adapted.model, task.collate(batch, padding(adapted), adapted.device))
+        total = loss if adapted.penalty is None else loss + adapted.penalty()
+    return torch.autograd.grad(total, parameters, allow_unused=True)
 
 
 def _begun(members: Sequence[Member]) -> tuple[list[_Run], dict[str, nn.Parameter]]:

@@ -86,6 +86,8 @@ def _is_right(members: Sequence[Member], most_tokens: int, name: str) -> bool:
     except Exception as error:  # a layer may refuse in any words to compute in a way that it was not written for
         _logger.debug("training a cohort %s is left out: %s", name, type(error).__name__)
         return False
+    finally:
+        adapted.model.zero_grad(set_to_none=True)  # layers that do not serve may have left their own there
     none = torch.zeros(len(members))
     return same(Taken(tuple(found), none), Taken(tuple(right), none), adapted.precision)
 

@@ -51,7 +51,7 @@ def _fits(sizes: Sequence[tuple[int, int]], most: int) -> bool:
     rows, widths = zip(*sizes, strict=True)
     padded = len(sizes) * max(rows) * max(widths)
     full = min(rows) >= _LEAST_FULL * max(rows) and min(widths) >= _LEAST_FULL * max(widths)
-    return padded <= most and (full or padded <= _SMALL_TOKENS)
+    return bool(padded <= most and (full or padded <= _SMALL_TOKENS))
 
 
 def losses_of_parts(
