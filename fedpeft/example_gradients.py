@@ -112,7 +112,7 @@ WAYS: Mapping[str, Way] = {
 """Every way, the fastest first; the last is right by definition."""
 
 
-class _Inside(nn.Module):
+class Inside(nn.Module):
     """A layer as a module around it, so that it can be computed with other numbers and no hook runs twice."""
 
     def __init__(self, layer: nn.Module, compute: Callable[..., Any]) -> None:
@@ -121,6 +121,7 @@ class _Inside(nn.Module):
         self.compute = compute
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What `compute` makes of it."""
         return self.compute(*args, **kwargs)
 
 
@@ -128,19 +129,19 @@ class _Inside(nn.Module):
 def _splitting(model: Any, rows: Mapping[int, torch.Tensor], mapped: Mapped) -> Iterator[None]:
     """Inside, layers compute each row with its own copy: `rows` are those of a parameter, by its id."""
     with contextlib.ExitStack() as undone:
-        for layer, names in _layers(model, rows).items():
+        for layer, names in layers_of(model, rows).items():
             copies = {f"layer.{name}": copy for name, copy in names.items()}
-            undone.enter_context(_replaced(layer, "forward", _split(layer, copies, mapped)))
+            undone.enter_context(replaced(layer, "forward", _split(layer, copies, mapped)))
         ask = getattr(model, "get_prompt", None)
         if ask is not None and model.active_peft_config.peft_type != "PREFIX_TUNING":
             # Peft asks for its prompt once and repeats it; what comes here has all rows already.
-            undone.enter_context(_replaced(model, "get_prompt", lambda batch_size, **more: ask(1, **more)))  # noqa: ARG005
+            undone.enter_context(replaced(model, "get_prompt", lambda batch_size, **more: ask(1, **more)))  # noqa: ARG005
         yield
 
 
 def _split(layer: nn.Module, copies: Mapping[str, torch.Tensor], mapped: Mapped) -> Callable[..., Any]:
     compute: Any = layer.forward
-    inside, count = _Inside(layer, compute), len(next(iter(copies.values())))
+    inside, count = Inside(layer, compute), len(next(iter(copies.values())))
 
     @functools.wraps(compute)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -166,7 +167,7 @@ def _split(layer: nn.Module, copies: Mapping[str, torch.Tensor], mapped: Mapped)
     return forward
 
 
-def _layers(model: nn.Module, rows: Mapping[int, torch.Tensor]) -> dict[nn.Module, dict[str, torch.Tensor]]:
+def layers_of(model: nn.Module, rows: Mapping[int, torch.Tensor]) -> dict[nn.Module, dict[str, torch.Tensor]]:
     """The layers that are to compute row by row, and in each the copies of what it holds, by name there."""
     modules = dict(model.named_modules())
     held = [
@@ -201,7 +202,7 @@ def _above(name: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _replaced(module: nn.Module, name: str, value: Callable[..., Any]) -> Iterator[None]:
+def replaced(module: nn.Module, name: str, value: Callable[..., Any]) -> Iterator[None]:
     """Inside, `value` stands where the module's method of that name stood."""
     before = module.__dict__.get(name)
     module.__dict__[name] = value

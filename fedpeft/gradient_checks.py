@@ -98,7 +98,7 @@ def _is_right(
 ) -> bool:
     mode = adapted.model.training
     try:
-        if not _same(way(adapted, task, parameters, examples), right, adapted.precision):
+        if not same(way(adapted, task, parameters, examples), right, adapted.precision):
             return False
         if not mode:  # it has to run with all that training draws at random, too
             adapted.model.train()
@@ -113,7 +113,7 @@ def _is_right(
     return True
 
 
-def _same(found: Taken, right: Taken, precision: torch.dtype) -> bool:
+def same(found: Taken, right: Taken, precision: torch.dtype) -> bool:
     """Whether every tensor's gradient of each example is the right one but for rounding."""
     of_own, of_whole = _CLOSE if precision == torch.float32 else _CLOSE_IN_FEWER_BITS
     count = len(right.losses)

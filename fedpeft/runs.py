@@ -47,6 +47,11 @@ class RunFolder:
         return self.root / "memories"
 
     @property
+    def cohort(self) -> Path:
+        """Whether the clients of the in-process engine train together, as it was chosen."""
+        return self.root / "cohort.json"
+
+    @property
     def adapter(self) -> Path:
         """The adapter that a user deploys."""
         return self.root / "adapter"

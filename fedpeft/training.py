@@ -95,7 +95,7 @@ def fit(learner: TorchLearner, adapter: AdapterState, job: FitJob) -> Fitted:
     install(adapted, adapter)
     before = extract(adapted).tensors
     parameters = trained(adapted, job.frozen)
-    optimizer = torch.optim.AdamW(_groups(parameters, learner), weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(rate_groups(parameters, learner), weight_decay=settings.weight_decay)
     scaled = adapted.precision == torch.float16 and learner.private is None
     scaler = torch.amp.GradScaler(adapted.device.type, enabled=scaled)
     pull = pull_of(parameters, settings.proximal, job)
@@ -120,7 +120,7 @@ def fit(learner: TorchLearner, adapter: AdapterState, job: FitJob) -> Fitted:
         tokens=seen.tokens,
         position=job.position + settings.steps * settings.accumulation,
         metrics={
-            **(_unprotected(seen) if learner.private else {"loss": _mean_loss(seen, job)}),
+            **(_unprotected(seen) if learner.private else {"loss": mean_loss(seen.losses, job)}),
             "learning_rate": settings.learning_rate * rate,
         },
         gradients={key: np.array(total.cpu().numpy() / settings.steps) for key, total in pull.gradients.items()},
@@ -274,8 +274,13 @@ def _finish_step(
     optimizer.zero_grad(set_to_none=True)
 
 
-def _mean_loss(seen: _Seen, job: FitJob) -> float:
-    losses = torch.stack(seen.losses).double().cpu().numpy()
+def mean_loss(found: Sequence[torch.Tensor], job: FitJob) -> float:
+    """The mean of the losses of one fit.
+
+    Raises:
+        FederationError: one is not finite.
+    """
+    losses = torch.stack(list(found)).double().cpu().numpy()
     if not np.isfinite(losses).all():
         raise FederationError(
             sentence(
@@ -288,7 +293,7 @@ def _mean_loss(seen: _Seen, job: FitJob) -> float:
     return float(losses.mean())
 
 
-def _groups(parameters: Mapping[str, nn.Parameter], learner: TorchLearner) -> list[dict[str, Any]]:
+def rate_groups(parameters: Mapping[str, nn.Parameter], learner: TorchLearner) -> list[dict[str, Any]]:
     """Parameter groups by peak rate: of the adapter, of tensors trained whole (the head), and of those told otherwise.
 
     Source: LoRA+, Hayou et al. 2024, section 4, where the family has rates of its own.

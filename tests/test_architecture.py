@@ -22,8 +22,10 @@ CONFIG = UPDATES | MECHANISMS | {"config"}
 STRATEGY = CONFIG | {"strategy"}
 WIRE = STRATEGY | {"wire"}
 RECORDS = {"memory", "checkpoint", "journal"}
+COHORT = {"cohort", "cohort_choice", "cohort_layers", "cohort_pass"}
 STEPS = {"batches", "corrections", "example_gradients", "gradient_checks", "private_steps"}
-TORCH = {"adaptation", "base_weights", "bases", "evaluation", "fisher", "models", "tasks", "training", "trunk", *STEPS}
+BASES = {"adaptation", "base_weights", "bases", "models"}
+TORCH = BASES | {"evaluation", "fisher", "tasks", "training", "trunk", *STEPS, *COHORT}
 FEDERATION = (
     WIRE
     | RECORDS
@@ -99,6 +101,12 @@ ROOMS: dict[str, set[str]] = {
     "private_steps": UPDATES | {"example_gradients", "models", "privacy", "tasks"},
     "training": WIRE | STEPS | {"client", "data", "evaluation", "models", "pruning", "tasks"},
     "trunk": ADAPTERS | {"evaluation", "models", "tasks"},
+    "cohort_layers": {"example_gradients"},
+    "cohort_pass": {"cohort_layers", "evaluation", "models", "tasks"},
+    "cohort": WIRE
+    | STEPS
+    | {"client", "cohort_layers", "cohort_pass", "coordinates", "evaluation", "models", "tasks", "training"},
+    "cohort_choice": {"cohort", "cohort_layers", "errors", "example_gradients", "gradient_checks", "training"},
     "loaded": EDGES | {"kept"},
     "experiment": EDGES | {"loaded"},
     "bounds": EDGES | {"experiment"},
@@ -129,6 +137,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
         "base_weights",
         "bases",
         "models",
+        *sorted(COHORT),
         *sorted(LAYERS),
         "corrections",
         "evaluation",

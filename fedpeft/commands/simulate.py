@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fedpeft.bounds import BOUNDS
 from fedpeft.config import RunConfig, load
+from fedpeft.engines.cohorts import cohorts_of
 from fedpeft.engines.local import LocalTransport
 from fedpeft.engines.ray import simulate_on_ray
 from fedpeft.errors import ConfigError, sentence
@@ -98,8 +99,9 @@ def _runner(
 
 
 def _locally(config: RunConfig, folder: RunFolder, run: Callable[[Transport], Journal]) -> Journal:
-    clients = config.federation.clients
-    return run(LocalTransport(clients, lambda partition: site_of(config, partition), FolderMemory(folder.memories)))
+    clients, cohorts = config.federation.clients, cohorts_of(config.compute, folder.cohort)
+    memories = FolderMemory(folder.memories)
+    return run(LocalTransport(clients, lambda partition: site_of(config, partition), memories, cohorts))
 
 
 def _on_ray(config: RunConfig, folder: RunFolder, run: Callable[[Transport], Journal]) -> Journal:

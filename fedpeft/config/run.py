@@ -22,17 +22,23 @@ class ComputeConfig:
 
     `threads` of torch in each process (0: all cores; 1: bit-equal on every engine). Under Ray,
     `cpus_per_client` and `gpus_per_client` bound how many clients train at once, and `ray_address`
-    names a running cluster (`host:port`).
+    names a running cluster (`host:port`). In-process, the clients of a round train together in one pass over the
+    base that they share (`cohort = "on"`), one by one (`"off"`), or as a moment's measuring finds faster (`"auto"`); at
+    most `cohort_tokens` tokens of several clients are in the model at once.
     """
 
     threads: int = 0
     cpus_per_client: float = 1.0
     gpus_per_client: float = 0.0
     ray_address: str = ""
+    cohort: str = "off"
+    cohort_tokens: int = 4096
 
     def __post_init__(self) -> None:
         require_range(self, "threads", 0)
         require(self.cpus_per_client > 0, "cpus_per_client", expected="above 0", found=self.cpus_per_client)
+        require(self.cohort in ("auto", "on", "off"), "cohort", expected="auto, on or off", found=self.cohort)
+        require_range(self, "cohort_tokens", 1)
         require_range(self, "gpus_per_client", 0.0)
 
 

@@ -38,6 +38,7 @@ BOUND: dict[str, st.SearchStrategy[Any]] = {
     "alpha_pattern": st.sampled_from([(), ("query = 2.5",), ("layer.0.*=4", "value=8.0")]),
     "bits": st.integers(8, 32),
     "block_size": st.integers(2, 40),
+    "cohort": st.sampled_from(["auto", "on", "off"]),
     "colluding": st.floats(0.0, 0.49),
     "dropout": st.floats(0.0, 0.49),
     "entropy": st.sampled_from(sorted(SOURCES)),
