@@ -68,21 +68,21 @@ def run_sweep(path: Path, overrides: Sequence[str], tell: Tell) -> tuple[Path, s
 def _outcomes(cells: Sequence[Cell], workers: int) -> Iterator[tuple[int, Row | FedPeftError]]:
     """What each cell comes to, as it ends."""
     context = multiprocessing.get_context("spawn")  # a fork would share torch's threads
-    with ProcessPoolExecutor(min(workers, len(cells)), mp_context=context) as pool:
-        waiting: dict[Future[Any], int] = {pool.submit(finish, cell): at for at, cell in enumerate(cells)}
-        try:
-            for future in as_completed(waiting):
-                try:
-                    yield waiting[future], future.result()
-                except BrokenProcessPool as error:
-                    remedy = "free memory or lower sweep.workers, and start the sweep again; what is finished is kept"
-                    raise FederationError(
-                        sentence("sweep", expected="workers that live", found="one that died", remedy=remedy)
-                    ) from error
-                except FedPeftError as error:
-                    yield waiting[future], error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ProcessPoolExecutor(min(workers, len(cells)), mp_context=context)
+    waiting: dict[Future[Any], int] = {pool.submit(finish, cell): at for at, cell in enumerate(cells)}
+    try:
+        for future in as_completed(waiting):
+            try:
+                yield waiting[future], future.result()
+            except BrokenProcessPool as error:
+                remedy = "free memory or lower sweep.workers, and start the sweep again; what is finished is kept"
+                raise FederationError(
+                    sentence("sweep", expected="workers that live", found="one that died", remedy=remedy)
+                ) from error
+            except FedPeftError as error:
+                yield waiting[future], error
+    finally:  # not `with`, which on its way out would have what is pending run after all
+        pool.shutdown(cancel_futures=True)
 
 
 def _write(root: Path, rows: Sequence[Row]) -> None:

@@ -31,6 +31,7 @@ class Audit(NamedTuple):
     row_auc: float
     proved: float
     accounted: float
+    seeds: int
 
 
 def draw(rows: Rows, root: Path) -> None:
@@ -64,21 +65,21 @@ def audits(rows: Rows) -> list[Audit]:
         proved = figures.epsilon_of_scores(inside, outside, max(one["delta"] for one in of_seeds))
         accounted = max(one.get("epsilon", math.inf) for one in of_seeds)
         row_auc = statistics.mean(one["row_auc"] for one in of_seeds)
-        found.append(Audit(merge, asked, figures.auc(inside, outside), row_auc, proved, accounted))
+        found.append(Audit(merge, asked, figures.auc(inside, outside), row_auc, proved, accounted, len(of_seeds)))
     return found
 
 
 def table(rows: Rows) -> str:
     """A line for each merge and ε: utility, attack, and what it proves beside the account."""
     lines = [
-        "| merge | ε asked | accuracy, % | AUC, clients | AUC, rows | ε proved | ε accounted |",
+        "| merge | ε asked | accuracy, % (seeds) | AUC, clients (95 %; seeds) | AUC, rows | ε proved | ε accounted |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     accuracy = _values(rows, "utility", "accuracy")
     for one in audits(rows):
         values = [100 * value for value in accuracy.get((one.merge, one.asked), [])]
-        shown = f"{statistics.mean(values):.1f} ± {_deviation(values):.1f}" if values else "–"
-        auc = f"{one.auc.value:.2f} ({one.auc.low:.2f} to {one.auc.high:.2f})"
+        shown = f"{statistics.mean(values):.1f}{_plus_minus(values)} ({len(values)})" if values else "–"
+        auc = f"{one.auc.value:.2f} ({one.auc.low:.2f} to {one.auc.high:.2f}; {one.seeds})"
         spent = "∞" if math.isinf(one.accounted) else f"{one.accounted:.2f}"
         lines.append(
             f"| {one.merge} | {one.asked} | {shown} | {auc} | {one.row_auc:.2f} | {one.proved:.2f} | {spent} |"
@@ -112,6 +113,10 @@ def _grouped(rows: Rows) -> dict[tuple[str, ...], list[Mapping[str, Any]]]:
     for row in rows:
         found.setdefault(tuple(row["variants"].values()), []).append(row["figures"])
     return found
+
+
+def _plus_minus(values: Sequence[float]) -> str:
+    return f" ± {_deviation(values):.1f}" if len(values) > 1 else ""
 
 
 def _deviation(values: Sequence[float]) -> float:
@@ -164,7 +169,13 @@ def _attack(found: Sequence[Audit]) -> Figure | None:
             handles.append(axes.errorbar(x, [one.auc.value for one in own], ends, color=color, fmt="o", capsize=2))
         axes.axhline(0.5, color=drawing.FAINT, linestyle="--", linewidth=1)
         axes.annotate(
-            "a coin's", (0.01, 0.5), (0, -10), ("axes fraction", "data"), "offset points", color=drawing.FAINT
+            "a coin's",
+            (0.99, 0.5),
+            (0, -11),
+            ("axes fraction", "data"),
+            "offset points",
+            color=drawing.FAINT,
+            ha="right",
         )
         _epsilon_axis(axes, places)
         axes.set_ylim(0.2, 1.03)
@@ -220,6 +231,7 @@ def _inversion(rows: Rows) -> Figure | None:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axes.set_xticks([0.25, 0.5, 1, 2, 4, 8])
         axes.set_ylim(-0.05, 1.05)
         drawing.percent_axis(axes)
         drawing.legend(figure, handles, names)

@@ -71,7 +71,7 @@ def test_cells_run_side_by_side_and_what_is_finished_is_kept(plan: Callable[...,
 
 
 def test_a_cell_that_was_cut_off_is_resumed(plan: Callable[..., Path]) -> None:
-    path = plan('[sweep]\n', rounds=20)
+    path = plan("[sweep]\n", rounds=20)
     command = [sys.executable, "-m", "fedpeft", "simulate", str(path), "--quiet"]
     root = path.parent / "out"
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
