@@ -106,7 +106,7 @@ def reopen(root: Path, overrides: list[str]) -> tuple[RunFolder, RunConfig]:
         )
     stored = load(folder.config)
     config = override(stored, [*overrides, f"out={folder.root}"])
-    if _result_of(config) != _result_of(stored):
+    if result_of(config) != result_of(stored):
         raise ConfigError(
             sentence(
                 "--set with --resume",
@@ -118,8 +118,8 @@ def reopen(root: Path, overrides: list[str]) -> tuple[RunFolder, RunConfig]:
     return folder, config
 
 
-def _result_of(config: RunConfig) -> dict[str, object]:
-    """The settings that decide what the run ends with."""
+def result_of(config: RunConfig) -> dict[str, object]:
+    """The settings that decide what a run ends with, by their full names."""
     free = ("name", "out", "compute.", "observation.", "model.device", "evaluation.batch_size")
     return {key: value for key, value in to_flat(config).items() if not key.startswith(free)}
 

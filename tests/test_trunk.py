@@ -15,6 +15,8 @@ from torch import nn
 
 from fedpeft import models, trunk
 from fedpeft.client import Fitted
+from fedpeft.cohort import Member, fit_cohort
+from fedpeft.cohort_layers import WAYS
 from fedpeft.config.adapters import Lora, LoraSb
 from fedpeft.config.tasks import CausalLM
 from fedpeft.config.training import ModelConfig
@@ -104,6 +106,17 @@ def test_factors_that_no_gradient_ever_reaches_are_served(tiny_model: Path) -> N
     plain, start = learner(adapted), moved(adapted.initial)
     close(with_cache(plain).fit(start, JOB), plain.fit(start, JOB))
     assert trunk._TRUNKS[adapted.model].held_bytes > 0
+
+
+def test_clients_that_train_together_come_to_the_same(tiny_model: Path) -> None:
+    adapted = upper(tiny_model)
+    sites = [learner(adapted, some(count, seed=count)) for count in (6, 9)]
+    start = moved(adapted.initial)
+    expected = [site.fit(start, replace(JOB, partition=at)) for at, site in enumerate(sites)]
+    members = [Member(with_cache(site), start, replace(JOB, partition=at)) for at, site in enumerate(sites)]
+    for found, alone in zip(fit_cohort(members, 4096, WAYS["for all clients at once"]), expected, strict=True):
+        assert isinstance(found, Fitted)
+        close(found, alone)
 
 
 def test_single_examples_are_protected_alike(tiny_model: Path) -> None:

@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedpeft.config import RunConfig, from_tree, to_flat
+from fedpeft.config import RunConfig, from_tree
 from fedpeft.config.parse import overlay
 from fedpeft.errors import ConfigError
+from fedpeft.runs import result_of
 from fedpeft.sweeps.settings import KEY, Grid, Plan
 from fedpeft.version import VERSION
-
-_FREE = ("name", "out", "compute.", "observation.", "model.device")
-"""Settings that do not change what a run ends with."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,7 @@ def cells_of(plan: Plan, overrides: Sequence[str] = ()) -> tuple[Path, list[Cell
 
 def digest_of(config: RunConfig) -> str:
     """SHA-256 of every setting that decides what a run ends with, and of the version that runs it."""
-    flat = {key: value for key, value in to_flat(config).items() if not key.startswith(_FREE)}
-    return hashlib.sha256(json.dumps([VERSION, flat], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([VERSION, result_of(config)], sort_keys=True).encode()).hexdigest()
 
 
 def _cell(plan: Plan, root: Path, grid: Grid, variants: dict[str, str], seed: int, told: Sequence[str]) -> Cell:
