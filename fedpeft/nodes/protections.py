@@ -126,7 +126,7 @@ def require_protections(config: RunConfig, required: RequiredConfig) -> None:
                 sentence(
                     f"this node's required.{name}",
                     expected=protection.expected.format(asked=asked),
-                    found="none" if shown is None else f"{shown:.3g}" if isinstance(shown, float) else shown,
+                    found="none" if shown is None else f"{shown:.6g}" if isinstance(shown, float) else shown,
                     remedy=protection.remedy,
                 )
             )
