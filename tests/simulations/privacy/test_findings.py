@@ -14,6 +14,8 @@ from fedpeft.config import RunConfig, load, to_flat
 from fedpeft.errors import ConfigError
 from fedpeft.experiment import resolve
 from fedpeft.runs import RunFolder, create
+from fedpeft.sweeps.cells import cells_of
+from fedpeft.sweeps.settings import is_sweep, read_plan
 from simulations.privacy import findings
 from simulations.privacy.figures import Interval
 from simulations.privacy.findings import Finding
@@ -46,10 +48,10 @@ def test_a_figure_that_is_none_comes_back_as_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "simulations/privacy").glob("*.toml")), ids=lambda path: path.name)
 def test_the_settings_of_each_experiment_can_be_read_and_say_how_it_is_run(path: Path) -> None:
-    config = load(path)
-    assert config.name == path.stem
-    assert config.compute.threads == 1
-    commands = [line for line in path.read_text().splitlines() if "python -m simulations.privacy." in line]
+    configs = [cell.config for cell in cells_of(read_plan(path))[1]] if is_sweep(path) else [load(path)]
+    assert {(config.name, config.compute.threads) for config in configs} == {(path.stem, 1)}
+    ways = ("python -m simulations.privacy.", "fedpeft simulate ")
+    commands = [line for line in path.read_text().splitlines() if any(way in line for way in ways)]
     assert commands
     assert all(path.name in line or "poisoning" in line for line in commands)
 
