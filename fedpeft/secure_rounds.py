@@ -55,7 +55,7 @@ def summed(one: Round) -> Iterator[Update]:
     if channel is None or not drawn:
         return
     shared = one.strategy.stage.shared(one.state.adapter.spec, one.number)
-    attempt = _tick()
+    attempt = _attempt()
     terms = _terms(one, channel, attempt, len(drawn), shared.parameters)
     invitation = messages.invitation(terms).hex()
     requests = {
@@ -67,8 +67,6 @@ def summed(one: Round) -> Iterator[Update]:
     for phase, gather in _PHASES:
         state, outbox = gather(state, _asked(one, phase, outbox, told))
     found = server.open_sum(state, _asked(one, "opening", outbox, told))
-    while _tick() == attempt:
-        time.sleep(0.5 / _TICKS)
     for partition, reason in found.refused:
         failed(one, partition, Failure(reason, REFUSED))
     present = {partition: told[partition] for partition in found.survivors}
@@ -87,6 +85,15 @@ def summed(one: Round) -> Iterator[Update]:
 def _registry(channel: Channel) -> Registry:
     """Whose signatures the server takes: it passes them on, and the clients see whether they are right."""
     return Registry(True, lambda partition, message, signature: True) if channel.signed else OPEN  # noqa: ARG005
+
+
+def _attempt() -> int:
+    """The tick that begins next: whoever began before, even in this moment, was numbered below it."""
+    now = found = _tick()
+    while found == now:
+        time.sleep(0.1 / _TICKS)
+        found = _tick()
+    return found
 
 
 def _tick() -> int:

@@ -25,6 +25,7 @@ from fedpeft.privacy import ledger
 from fedpeft.privacy.secure.keys import pinned, signing
 from fedpeft.runs import folder_for, reopen
 from fedpeft.secure_client import Identity
+from fedpeft.secure_rounds import _attempt
 from fedpeft.wire import Failure, Packet
 from server.make_certificates import make_certificates
 from tests import tiny
@@ -382,3 +383,11 @@ def test_what_sums_have_no_room_for_is_refused(plan: Callable[..., RunConfig], o
     noisy = ("privacy.mechanism=central", "privacy.central.noise_multiplier=1", "privacy.central.sampler=reachable")
     with pytest.raises((PlanError, ConfigError), match=words):
         strategy_of(plan("run", *noisy, override_text))
+
+
+def test_attempts_that_begin_in_the_same_moment_have_numbers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([10.0, 10.01, 10.2, 10.2, 10.21, 10.3])
+    monkeypatch.setattr("fedpeft.secure_rounds._EPOCH_SECONDS", 0)
+    monkeypatch.setattr("fedpeft.secure_rounds.time.time", lambda: next(moments))
+    monkeypatch.setattr("fedpeft.secure_rounds.time.sleep", lambda _: None)
+    assert [_attempt(), _attempt()] == [81, 82]
