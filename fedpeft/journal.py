@@ -61,6 +61,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [_decode(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
+def ended(path: Path) -> bool:
+    """Whether the run has come to its end; one that has no journal yet has not.
+
+    Raises:
+        RunFolderError: see `read`.
+    """
+    return path.exists() and any(record["event"] == "end" for record in read(path))
+
+
 def truncate(path: Path, rounds: int) -> None:
     """The journal holds its start, resume and missed lines and its rounds up to `rounds`, in order, and nothing else.
 

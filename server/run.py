@@ -96,8 +96,7 @@ class Run:
 
     def ended(self) -> bool:
         """Whether the run has come to its end."""
-        path = RunFolder(self.folder).journal
-        return path.exists() and any(record["event"] == "end" for record in journal.read(path))
+        return journal.ended(RunFolder(self.folder).journal)
 
     def reason(self, number: str) -> str:
         """Why an attempt failed, by its log."""

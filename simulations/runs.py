@@ -48,8 +48,7 @@ def run_to_end(settings: Path, folder: Path, sets: Sequence[str], *, bounds: boo
 
 def finished(folder: Path) -> bool:
     """Whether the run in `folder` has come to its end."""
-    path = folder / "journal.jsonl"
-    return path.exists() and any(record["event"] == "end" for record in journal.read(path))
+    return journal.ended(folder / "journal.jsonl")
 
 
 def cpu_seconds(folder: Path) -> float:

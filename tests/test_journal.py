@@ -159,3 +159,12 @@ def test_a_journal_whose_writer_is_killed_holds_every_line_that_was_appended(tmp
     rounds = rounds_of(journal.read(path))
     assert rounds == list(range(1, len(rounds) + 1))
     assert len(rounds) >= printed[-1]
+
+
+def test_a_run_has_ended_once_its_journal_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    assert not journal.ended(path)
+    journal.append(path, {"event": "round", "round": 1})
+    assert not journal.ended(path)
+    journal.append(path, {"event": "end"})
+    assert journal.ended(path)

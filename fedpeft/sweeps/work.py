@@ -39,7 +39,7 @@ def finish(cell: Cell) -> Row:
         FedPeftError: the run failed, or cannot be measured.
     """
     start = time.perf_counter()
-    cached = ended(cell.folder)
+    cached = journal.ended(cell.folder / "journal.jsonl")
     if not cached:
         _run(cell)
     figures = {**told(cell.folder), **(_measured(cell) if cell.measure else {})}
@@ -52,12 +52,6 @@ def finish(cell: Cell) -> Row:
         "worker_seconds": round(time.perf_counter() - start, 3),
         "figures": figures,
     }
-
-
-def ended(folder: Path) -> bool:
-    """Whether the run in `folder` has come to its end."""
-    path = folder / "journal.jsonl"
-    return path.exists() and any(record["event"] == "end" for record in journal.read(path))
 
 
 def told(folder: Path) -> dict[str, Any]:

@@ -152,8 +152,7 @@ def _size(folder: Path) -> int:
 
 
 def _ended(folder: Path) -> bool:
-    path = folder / "journal.jsonl"
-    return path.exists() and any(record["event"] == "end" for record in journal.read(path))
+    return journal.ended(folder / "journal.jsonl")
 
 
 def _require_same(calm: Path, folder: Path) -> None:
