@@ -122,6 +122,7 @@ def parts_of(config: RunConfig) -> Parts:
         controls=config.federation.clients if config.training.scaffold else 0,
         mechanism=mechanism,
         channel=channel,
+        seed=config.seed,
     )
 
 

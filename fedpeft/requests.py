@@ -24,7 +24,7 @@ CONSTANT, RESIDUAL = "constant/", "residual/"
 
 _RANKS = re.compile(r"(\d{1,20}(,\d{1,20})*)?", re.ASCII)
 _EXACT = dense()
-"""The residual is part of the base, and no codec may change that."""
+"""What goes down travels as it is: every node trains from the same adapter, beside the same residual."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ def read_request(packet: Packet, strategy: Strategy, spec: AdapterSpec, memory: 
     columns = residuals.specification(spec, _less(end, start, spec)) if end else None
     control = strategy.stage.shared(own, int(packet.manifest["round"])) if strategy.controls else None
     body, place = packet.body, f"{packet.kind} request"
-    sizes = [strategy.codec.size(travelling), *(_EXACT.size(part) for part in (columns, control) if part)]
+    sizes = [_EXACT.size(travelling), *(_EXACT.size(part) for part in (columns, control) if part)]
     if sum(sizes) != len(body):
         raise PacketError(
             sentence(place, expected=f"{sum(sizes)} bytes", found=len(body), remedy="use the same adapter settings")
         )
-    tensors = strategy.codec.decode(body[: sizes[0]], travelling)
+    tensors = _EXACT.decode(body[: sizes[0]], travelling)
     travelling.require(tensors, place)
     residual, at = {}, sizes[0]
     if columns:
@@ -101,7 +101,7 @@ def _request(
     holding = state.holdings.get(partition)
     known = holding is not None and holding.rank >= greatest_rank(spec)
     travelling = _travelling(strategy, spec, known=known)
-    body = [strategy.codec.encode(resized(state.adapter.tensors, travelling), travelling)]
+    body = [_EXACT.encode(resized(state.adapter.tensors, travelling), travelling)]
     fields: dict[str, Scalar] = {**manifest, "rank": greatest_rank(spec), "known": known}
     if state.adapter.residual:
         end = residuals.ranks_of(state.adapter.residual)

@@ -27,7 +27,8 @@ class Parts:
     """What a strategy is put together from.
 
     `controls` is how many clients there are in all, where they keep control variates (SCAFFOLD), else 0. `mechanism`
-    is how the run protects (None: not), `channel` how the server sees sums alone (None: it sees each update).
+    is how the run protects (None: not), `channel` how the server sees sums alone (None: it sees each update). `seed` is
+    the run's.
     """
 
     stage: Stage
@@ -37,6 +38,7 @@ class Parts:
     controls: int = 0
     mechanism: Mechanism | None = None
     channel: Channel | None = None
+    seed: int = 0
 
 
 class Strategy(NamedTuple):
@@ -45,9 +47,9 @@ class Strategy(NamedTuple):
     `init(run, seed, adapter)` is the state before round 1. `aggregate(state, updates)` is the state after a
     round and figures about it; updates are taken one by one, as they come, and a result that is not finite is
     a FederationError. `finalize(state)` is the adapter that a user deploys, with what went into the base. `stage`
-    and `codec` are the halves that clients run too; `pruning` is how they lower their rank, if they do; `controls`:
-    clients keep control variates (SCAFFOLD). `mechanism` is how the run protects, and what a round of it costs;
-    with a `channel` the server sees but sums of updates.
+    and `codec`, that of updates, are the halves that clients run too; `pruning` is how they lower their rank, if they
+    do; `controls`: clients keep control variates (SCAFFOLD). `mechanism` is how the run protects, and what a round of
+    it costs; with a `channel` the server sees but sums of updates. `seed` is what clients' rounding is drawn from.
     """
 
     stage: Stage
@@ -59,6 +61,7 @@ class Strategy(NamedTuple):
     controls: bool = False
     mechanism: Mechanism | None = None
     channel: Channel | None = None
+    seed: int = 0
 
 
 def build(parts: Parts) -> Strategy:
@@ -115,6 +118,7 @@ def build(parts: Parts) -> Strategy:
         parts.controls > 0,
         private,
         parts.channel,
+        parts.seed,
     )
 
 

@@ -1,6 +1,23 @@
 """Codecs: how tensors become bytes."""
 
 from fedpeft.codecs.codec import Codec
+from fedpeft.codecs.coded import coded
 from fedpeft.codecs.dense import dense
+from fedpeft.codecs.entropy import Entropy, zstd
+from fedpeft.codecs.reduction import Reduction, low_rank, top_k
+from fedpeft.codecs.rounding import ROUNDINGS, Rounding, bf16, steps
 
-__all__ = ["Codec", "dense"]
+__all__ = [
+    "ROUNDINGS",
+    "Codec",
+    "Entropy",
+    "Reduction",
+    "Rounding",
+    "bf16",
+    "coded",
+    "dense",
+    "low_rank",
+    "steps",
+    "top_k",
+    "zstd",
+]
