@@ -1,5 +1,7 @@
 """A coded update on its way: from settings to a client, over the wire, to the server, and what the client keeps."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,19 +9,24 @@ import numpy as np
 import pytest
 
 from fedpeft import feedback
-from fedpeft.adapters import at_rank, norm
+from fedpeft.adapters import AdapterSpec, AdapterState, ModuleSpec, at_rank, norm
 from fedpeft.client import handle
-from fedpeft.codecs import Codec, coded, steps, top_k, zstd
+from fedpeft.codecs import Codec, coded, dense, steps, top_k, zstd
 from fedpeft.config import choose
 from fedpeft.config.codecs import CODECS
+from fedpeft.config.privacy import PRIVACY
+from fedpeft.errors import PacketError
+from fedpeft.privacy import Population
 from fedpeft.requests import fit_request
 from fedpeft.strategy import Strategy, build
 from fedpeft.updates import Memory, Update
 from fedpeft.wire import Packet, read_update
 from tests.toys import (
+    RUN,
     WIDE,
     WIDE_SESSION,
     Toy,
+    counted,
     federate,
     flat,
     parts,
@@ -105,6 +112,54 @@ def test_a_client_of_lower_rank_is_owed_what_its_rank_can_hold() -> None:
     update = read_update(reply, chosen, at_rank(WIDE, 2), {**WIDE_SESSION.manifest(2), "partition": 0})
     assert update.delta["left.A"].shape == (2, 7)
     assert after.tensors[f"{feedback.RESIDUAL}left.A"].shape == (2, 7)
+
+
+@pytest.mark.parametrize("damage", [lambda body: body[:-1], lambda body: bytes([body[0] ^ 1]) + body[1:]])
+def test_a_coded_update_that_was_damaged_is_refused_in_words(
+    damage: Callable[[bytes], bytes],
+) -> None:
+    chosen = strategy(ROUNDED)
+    request = fit_request(chosen, wide_state(), WIDE_SESSION, 0)
+    reply, _ = handle(request, START, site(0, chosen, Toy(0, spec=WIDE)))
+    with pytest.raises(PacketError, match=r"coded payload: expected .*, found .*; send it again"):
+        read_update(replace(reply, body=damage(reply.body)), chosen, WIDE, {**WIDE_SESSION.manifest(1), "partition": 0})
+
+
+def test_control_variates_beside_a_coded_update_travel_as_they_are() -> None:
+    chosen = build(replace(parts(), codec=coded(rounding=steps(3, 64, "nearest"), entropy=zstd(3)), controls=2))
+    first = chosen.init(RUN, 0, AdapterState(WIDE, counted()))
+    reply, _ = handle(fit_request(chosen, first, WIDE_SESSION, 1), START, site(1, chosen, Toy(1, spec=WIDE)))
+    update = read_update(reply, chosen, WIDE, {**WIDE_SESSION.manifest(1), "partition": 1})
+    assert all((value == 2).all() for value in update.control.values())
+
+
+def test_the_journal_counts_the_bytes_that_were_coded(tmp_path: Path) -> None:
+    made, sizes = plan(session=WIDE_SESSION, rounds=1), []
+    for codec in (dense(), ROUNDED):
+        root = tmp_path / str(len(sizes))
+        federate(root, made, plan=strategy(codec), first=wide_state())
+        line = json.loads((root / "journal.jsonl").read_text().splitlines()[1])
+        sizes.append(line["bytes_up"])
+        assert line["bytes_up"] == sum(client["bytes_up"] for client in line["clients"])
+        assert all((feedback.ERROR in client) == (codec is ROUNDED) for client in line["clients"])
+    # Two clients, and each says one figure more: its name and eight bytes.
+    more = len(f"metric.{feedback.ERROR}") + 8
+    assert sizes[0] - sizes[1] == 2 * (4 * WIDE.parameters - ROUNDED.size(WIDE) - more)
+
+
+def test_under_central_privacy_the_server_clips_what_it_decodes() -> None:
+    """Ternary rounding makes an update of norm 1 longer; its part in what is released is no longer than the clip."""
+    random, codec = np.random.default_rng(0), coded(rounding=steps(3, 64, "stochastic"))
+    mechanism = PRIVACY.members["central"](noise_multiplier=1e-9, clip_norm=1.0, entropy="seed").build(Population(9, 3))
+    wide = AdapterSpec("base", "full", (ModuleSpec("head", "full", 0, 1.0, (("weight", (60,)),)),))
+    chosen = build(replace(parts(), codec=codec, mechanism=mechanism))
+    delta = random.standard_normal(60).astype(np.float32)
+    sent = {"head.weight": delta / np.float32(np.linalg.norm(delta))}
+    decoded = codec.decode(codec.encode(sent, wide, random), wide)
+    assert norm(decoded) > 1.5
+    first = chosen.init(RUN, 0, AdapterState(wide, {"head.weight": np.zeros(60, np.float32)}))
+    after, _ = chosen.aggregate(first, [Update(wide, decoded, 1, 1)])
+    assert norm(after.adapter.tensors) == pytest.approx(1 / 3, rel=1e-5)
 
 
 @pytest.mark.parametrize("codec", [ROUNDED, coded(top_k(0.4), steps(15, 64, "stochastic"), zstd(3), remembers=True)])

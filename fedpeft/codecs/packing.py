@@ -74,7 +74,7 @@ def unpack_places(data: bytes, kept: int, count: int) -> np.ndarray:
     if _as_bitmap(kept, count):
         places = np.flatnonzero(unpack(data, count, 2))
     else:
-        bits = unpack(data, kept * _width(count), 2).reshape(kept, -1).astype(np.int64)
+        bits = unpack(data, kept * _width(count), 2).reshape(kept, _width(count)).astype(np.int64)
         places = (bits << np.arange(_width(count))).sum(axis=1)
     if len(places) != kept or (kept and places[-1] >= count) or (np.diff(places) <= 0).any():
         raise PacketError(
