@@ -145,9 +145,8 @@ def _rows(values: np.ndarray, block: int) -> np.ndarray:
 def _steps(rows: np.ndarray, half: float) -> np.ndarray:
     """The step of each row as the bits of a bfloat16: the least with which half of the levels reach the greatest."""
     most = np.abs(rows).max(axis=1, initial=0.0)
-    bits = (most / half).astype(np.float32).view(np.uint32).astype(np.uint64)
-    up = ((bits + 0xFFFF) >> 16).astype(_HALF)
-    found: np.ndarray = (up + (_from_half(up) * half < most)).astype(_HALF)
+    down = ((most / half).astype(np.float32).view(np.uint32) >> 16).astype(_HALF)
+    found: np.ndarray = (down + (_from_half(down) * half < most)).astype(_HALF)
     return found
 
 
