@@ -54,7 +54,7 @@ def bf16() -> Rounding:
     """The nearest bfloat16, the even one of two: 2 bytes a number."""
 
     def encode(values: np.ndarray, random: np.random.Generator | None) -> bytes:  # noqa: ARG001
-        bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
+        bits = values.astype(np.float32).view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(_HALF).tobytes()
 
     def decode(data: bytes, count: int) -> np.ndarray:
@@ -76,7 +76,9 @@ def stochastic(values: np.ndarray, random: np.random.Generator | None) -> np.nda
     """
     if random is None:
         raise ValueError("stochastic rounding needs a generator to draw from")
-    return np.floor(values + random.random(values.shape))
+    drawn = random.random(values.shape)
+    drawn += values
+    return np.floor(drawn, out=drawn)
 
 
 ROUNDINGS: Mapping[str, Callable[[np.ndarray, np.random.Generator | None], np.ndarray]] = {
@@ -94,8 +96,10 @@ def steps(levels: int, block: int, rounding: str) -> Rounding:
         rows = _rows(values, block)
         step = _steps(rows, half)
         width = _from_half(step).astype(np.float64)[:, None]
-        scaled = np.divide(rows, width, out=np.zeros_like(rows), where=width > 0) + half
-        digits = np.clip(to_whole(scaled, random), 0, levels - 1)
+        np.divide(rows, width, out=rows, where=width > 0)
+        rows += half
+        digits = to_whole(rows, random)
+        np.clip(digits, 0, levels - 1, out=digits)
         return step.tobytes() + pack(digits.ravel()[: len(values)].astype(np.uint8), radix)
 
     def decode(data: bytes, count: int) -> np.ndarray:
@@ -112,8 +116,9 @@ def steps(levels: int, block: int, rounding: str) -> Rounding:
                 )
             )
         with np.errstate(over="ignore"):  # what is not finite is refused by whoever decodes
-            wide = np.repeat(_from_half(step).astype(np.float64), block)[:count]
-            return ((digits.astype(np.float64) - half) * wide).astype(np.float32)
+            values = digits.astype(np.float32) - np.float32(half)
+            values *= np.repeat(_from_half(step), block)[:count]
+            return values
 
     def size(count: int) -> int:
         return -(-count // block) * _HALF.itemsize + packed_bytes(count, radix)

@@ -238,6 +238,15 @@ def test_noise_under_a_true_checksum_is_finite_numbers_or_refused(codec: Codec, 
         assert "expected" in str(error)  # noqa: PT017
 
 
+@every
+@pytest.mark.parametrize("more", [-1, 1, 4])
+def test_a_payload_of_another_length_is_refused_whatever_its_checksum(codec: Codec, more: int) -> None:
+    squeezing = NAMES[id(codec)] in ("zstd", "a half in 15 levels, squeezed")
+    noise = bytes(codec.size(SPEC) - 4 - squeezing + more)
+    with pytest.raises(PacketError, match=r"coded payload: expected \d+ bytes"):
+        codec.decode(b"\0" * squeezing + noise + zlib.crc32(noise).to_bytes(4, "little"), SPEC)
+
+
 def frames(raw: bytes) -> dict[str, bytes]:
     """What a hostile client may send in place of a frame that holds `raw`."""
     squeezed = zstandard.ZstdCompressor().compress(raw)
