@@ -123,6 +123,7 @@ def parts_of(config: RunConfig) -> Parts:
         mechanism=mechanism,
         channel=channel,
         seed=config.seed,
+        downlink=chosen.downlink.chosen.build(),
     )
 
 

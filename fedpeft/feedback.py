@@ -35,7 +35,7 @@ def reply(
     owed = {
         key: fit(memory.tensors[f"{RESIDUAL}{key}"], value.shape)
         for key, value in update.delta.items()
-        if codec.remembers and f"{RESIDUAL}{key}" in memory.tensors
+        if f"{RESIDUAL}{key}" in memory.tensors
     }
     wanted = {key: value + owed.get(key, np.float32(0)) for key, value in update.delta.items()}
     update = replace(update, delta=wanted)

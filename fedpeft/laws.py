@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from fedpeft import codec_laws
 from fedpeft.adapters import KINDS, AdapterSpec, greatest_rank, low_rank_modules
-from fedpeft.codecs import Codec
+from fedpeft.codecs import Codec, dense
 from fedpeft.errors import PlanError
 from fedpeft.merges import WEIGHTS, Method
 from fedpeft.optimizers import Optimizer
@@ -30,6 +31,7 @@ class Plan(NamedTuple):
     spare: bool = False
     mechanism: Mechanism | None = None
     channel: Channel | None = None
+    downlink: Codec = dense()
 
 
 class Law(NamedTuple):
@@ -66,6 +68,7 @@ def check(
         spare,
         parts.mechanism,
         parts.channel,
+        parts.downlink,
     )
     for law in LAWS:
         reason = law.broken(plan)
@@ -298,35 +301,6 @@ def _no_plain_sum(plan: Plan) -> str:
     )
 
 
-def _summed_codec(plan: Plan) -> str:
-    if plan.channel is None or plan.codec.additive:
-        return ""
-    return (
-        "aggregation.codec.kind: expected dense, because under masks only numbers that add up can travel, "
-        'found a codec whose bytes do not; set aggregation.codec.kind = "dense", or federation.channel.kind = "plain".'
-    )
-
-
-def _growing_residual(plan: Plan) -> str:
-    if not plan.codec.remembers or plan.codec.contracts:
-        return ""
-    return (
-        "aggregation.codec.kind: expected a codec that loses less than it is given, because what error feedback brings "
-        "back would grow from round to round, found one that may lose more; choose finer steps, smaller blocks or "
-        'rounding = "nearest", or drop error_feedback.'
-    )
-
-
-def _moving_residual(plan: Plan) -> str:
-    if not plan.codec.remembers or plan.method.merge.gauge == "kept":
-        return ""
-    return (
-        "aggregation.codec.kind: expected a codec without error_feedback, because what was lost of one round's factors "
-        "means nothing to the new ones that the rule in aggregation.merge makes, found error_feedback; drop it, or "
-        "choose fedavg."
-    )
-
-
 def _private_turns(plan: Plan) -> str:
     if plan.mechanism is None or plan.mechanism.turns:
         return ""
@@ -375,9 +349,10 @@ LAWS = (
     Law("a robust rule sees enough updates to fire", _enough_updates),
     Law("central privacy goes with plain means of equal weights", _private_sum),
     Law("a secure sum goes with plain means of equal weights", _secure_sum),
-    Law("a secure sum goes with a codec whose sums are sums", _summed_codec),
-    Law("error feedback goes with a codec that loses less than it is given", _growing_residual),
-    Law("error feedback goes with a rule that keeps coordinates", _moving_residual),
+    Law("a secure sum goes with a codec whose sums are sums", codec_laws.summed),
+    Law("error feedback goes with a codec that loses less than it is given", codec_laws.growing),
+    Law("error feedback goes with a rule that keeps coordinates", codec_laws.moving),
+    Law("what goes down coded goes with means, equal ranks and codecs that contract", codec_laws.down),
     Law("noise that is taken back goes with tensors that are always trained", _private_turns),
     Law("nothing travels beside an update that carries its own noise", _private_beside),
 )

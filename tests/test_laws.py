@@ -18,7 +18,7 @@ from fedpeft.config.merges import MERGES
 from fedpeft.config.privacy import PRIVACY
 from fedpeft.errors import PlanError
 from fedpeft.laws import LAWS, check
-from fedpeft.merges import rule
+from fedpeft.merges import Pruning, rule
 from fedpeft.optimizers import momentum, sgd
 from fedpeft.privacy import ClientNoise, Population
 from fedpeft.stages import Stage, alternate, chain, freeze, identity, keep_local
@@ -219,6 +219,28 @@ BROKEN: list[tuple[Parts, dict[str, Any], str, str]] = [
         )
         for name in ("flora", "flexlora")
     ),
+    *(
+        (
+            replace(one, downlink=coded(top_k(0.5), rounding, remembers=remembers)),
+            more,
+            "what goes down coded goes with means, equal ranks and codecs that contract",
+            words,
+        )
+        for one, rounding, remembers, more, words in (
+            (
+                preset("fedex"),
+                None,
+                False,
+                {},
+                "found a rule that makes more of updates than their mean; choose fedavg",
+            ),
+            (replace(preset("fedavg", weights="uniform"), channel=CHANNEL), None, False, {}, "found secure sums"),
+            (replace(made(), method=replace(made().method, pruning=Pruning(0.5, 0.1))), None, False, {}, "lower their"),
+            (made(), None, False, {"spec": WIDE, "ranks": (2, 4)}, "found nodes of unlike rank; choose equal ranks"),
+            (made(), None, True, {}, "found error_feedback"),
+            (made(), steps(4, 64, "nearest"), False, {}, "found one that may lose more"),
+        )
+    ),
     (
         replace(
             preset("rolora", weights="uniform"),
@@ -303,6 +325,8 @@ def test_the_law_that_a_plan_breaks_is_the_one_that_says_so(
         ),
         (replace(preset("flora"), codec=coded(top_k(0.5), steps(3, 64, "stochastic"))), {}),
         (replace(preset("fedavg", weights="uniform"), channel=CHANNEL), {}),
+        *((replace(preset(name), downlink=coded(top_k(0.5))), {}) for name in ("fedavg", "ffa_lora", "rolora")),
+        (replace(made(controls=3), downlink=coded(top_k(0.5))), {"spec": WIDE, "ranks": (0, 4)}),
     ],
 )
 def test_a_sound_plan_passes(plan: Parts, more: dict[str, Any]) -> None:

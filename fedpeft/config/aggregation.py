@@ -38,9 +38,10 @@ class StagesConfig:
 
 @dataclass(frozen=True)
 class AggregationConfig:
-    """How updates travel, are merged, and move the adapter."""
+    """How updates travel, are merged, and move the adapter, and how that travels back."""
 
     stages: StagesConfig = field(default_factory=StagesConfig)
     codec: Choice = choice(CODECS, "dense")
+    downlink: Choice = choice(CODECS, "dense")
     merge: Choice = choice(MERGES, "fedavg")
     optimizer: Choice = choice(OPTIMIZERS, "sgd")

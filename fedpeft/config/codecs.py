@@ -145,7 +145,7 @@ class Together:
                 if part in found:
                     raise PlanError(
                         sentence(
-                            "aggregation.codec.kind",
+                            "aggregation.codec.kind, aggregation.downlink.kind",
                             expected=f"one {part} at most",
                             found="two",
                             remedy="drop one of them",

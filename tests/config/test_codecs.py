@@ -36,7 +36,7 @@ def test_every_part_alone_is_a_codec() -> None:
 
 @pytest.mark.parametrize(("kind", "part"), [("int8+int4", "rounding"), ("top_k+low_rank", "reduction")])
 def test_two_that_decide_the_same_are_refused(kind: str, part: str) -> None:
-    with pytest.raises(PlanError, match=rf"aggregation\.codec\.kind: expected one {part} at most, found two"):
+    with pytest.raises(PlanError, match=rf"aggregation\.codec\.kind, .*: expected one {part} at most, found two"):
         made(kind)
 
 
