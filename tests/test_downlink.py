@@ -11,7 +11,7 @@ import pytest
 from fedpeft import checkpoint
 from fedpeft.adapters import AdapterState, norm
 from fedpeft.client import handle
-from fedpeft.codecs import Codec, as_sent, coded, dense, steps, top_k, zstd
+from fedpeft.codecs import Codec, as_sent, coded, dense, next_sent, steps, top_k, zstd
 from fedpeft.errors import PacketError
 from fedpeft.optimizers import momentum
 from fedpeft.requests import evaluate_request, fit_request, read_request
@@ -95,8 +95,9 @@ def test_whoever_missed_a_round_is_sent_what_the_others_have() -> None:
 def test_a_client_that_lost_its_memory_says_so_and_a_delta_that_was_damaged_is_refused() -> None:
     chosen = strategy(EIGHT)
     state, memory, _, _ = round_of(chosen, start(chosen), Memory())
+    state, memory, _, _ = round_of(chosen, state, memory)
     request = fit_request(chosen, state, WIDE_SESSION, 0)
-    words = "expected the adapter after round 0 in this node's memory, found none; ask again; it will be sent"
+    words = "expected the adapter after round 1 in this node's memory, found none; ask again; it will be sent"
     with pytest.raises(PacketError, match=words):
         read_request(request, chosen, WIDE, Memory())
     odd = Memory(memory.tensors, {**memory.fields, "sent": 5})
@@ -105,8 +106,8 @@ def test_a_client_that_lost_its_memory_says_so_and_a_delta_that_was_damaged_is_r
     for body in (request.body[:-1], b"", request.body + b"\0", bytes([request.body[0] ^ 4]) + request.body[1:]):
         with pytest.raises(PacketError, match="coded payload: expected"):
             read_request(replace(request, body=body), chosen, WIDE, memory)
-    for held in (1, -1, True, 0.0, "0", 10**30):
-        with pytest.raises(PacketError, match="fit request, held: expected 0, the round before, found"):
+    for held in (0, 2, -1, True, 1.0, "1", 10**30):
+        with pytest.raises(PacketError, match="fit request, held: expected 1, the round before, found"):
             read_request(replace(request, manifest={**request.manifest, "held": held}), chosen, WIDE, memory)
 
 
@@ -138,6 +139,19 @@ def test_the_journal_counts_deltas_and_nobody_fails(tmp_path: Path) -> None:
     # Two clients; eight bits and a sixteenth of two bytes a number, and the field that says what they have.
     saved = dense().size(WIDE) - EIGHT.size(WIDE) - len("held") - 8
     assert later[0] - later[1] == 2 * saved
+
+
+def test_rounding_of_deltas_is_drawn_anew_in_each_round_and_for_each_seed() -> None:
+    chosen, spec = strategy(EIGHT), strategy(EIGHT).travelling(WIDE)
+    first = start(chosen)
+    moved = {key: value + np.float32(0.1) * np.sqrt(value) for key, value in counted().items()}
+
+    def delta(round_: int, seed: int) -> bytes:
+        after = replace(first, round=round_, seed=seed, adapter=AdapterState(WIDE, moved))
+        return next_sent(EIGHT, first.sent, after, spec).delta
+
+    assert len({delta(round_, seed) for round_ in (1, 2) for seed in (3, 4)}) == 4
+    assert delta(1, 3) == delta(1, 3)
 
 
 def test_a_dense_downlink_leaves_the_state_and_the_memory_as_they_were() -> None:
