@@ -18,7 +18,7 @@ from fedpeft.adapters import AdapterState, spec_from_fields, spec_to_fields
 from fedpeft.errors import CheckpointError, sentence
 from fedpeft.files import encode_tensors, read_tensors, write_atomically
 from fedpeft.privacy.ledger import expense_from_fields
-from fedpeft.updates import Drift, Holding, Privacy, ServerState
+from fedpeft.updates import Drift, Holding, Privacy, Sent, ServerState
 
 KEPT_CHECKPOINTS = 2
 
@@ -34,6 +34,8 @@ def save(folder: Path, state: ServerState) -> None:
     tensors |= {f"optimizer/{key}": value for key, value in state.optimizer.items()}
     tensors |= {f"control/{key}": value for key, value in state.control.items()}
     tensors |= {f"noise/{key}": value for key, value in state.privacy.noise.items()}
+    tensors |= {f"sent/{key}": value for key, value in state.sent.tensors.items()}
+    tensors |= {"sent-delta": np.frombuffer(state.sent.delta, np.uint8)} if state.sent.delta else {}
     fields = {
         "run": state.run,
         "round": state.round,
@@ -123,6 +125,7 @@ def _decoded(path: Path) -> ServerState:
             fields.get("clip_norm", 0.0),
             _below(tensors, "noise/"),
         ),
+        sent=Sent(_below(tensors, "sent/"), tensors["sent-delta"].tobytes() if "sent-delta" in tensors else b""),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from fedpeft import feedback
 from fedpeft.adapters import AdapterSpec, AdapterState, Tensors, at_rank, fit, greatest_rank, norm, resized
 from fedpeft.errors import FedPeftError, PacketError, sentence
 from fedpeft.merges import Pruning
@@ -18,7 +19,7 @@ from fedpeft.secure_client import Identity, Party, answer_phase, joining
 from fedpeft.strategy import Strategy
 from fedpeft.updates import Memory, Update
 from fedpeft.version import VERSION
-from fedpeft.wire import Packet, Scalar, fit_reply, require_manifest
+from fedpeft.wire import Packet, Scalar, require_manifest
 
 CONTROL = "control/"
 """What a memory's keys begin with where it keeps the client's control variate."""
@@ -160,7 +161,7 @@ def _fit(packet: Packet, memory: Memory, site: Site) -> tuple[Packet, Memory]:
         shared = strategy.stage.shared(spec, round_)
         return joining(packet, update, kept, _party(site), shared, adapter, _manifest(packet, site))
     update = replace(update, metrics={**update.metrics, "update_norm": norm(update.delta)})
-    return fit_reply(strategy, update, _manifest(packet, site), greatest_rank(own)), kept
+    return feedback.reply(strategy, update, kept, _manifest(packet, site), greatest_rank(own))
 
 
 def _evaluate(packet: Packet, memory: Memory, site: Site) -> tuple[Packet, Memory]:

@@ -122,6 +122,8 @@ def parts_of(config: RunConfig) -> Parts:
         controls=config.federation.clients if config.training.scaffold else 0,
         mechanism=mechanism,
         channel=channel,
+        seed=config.seed,
+        downlink=chosen.downlink.chosen.build(),
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from fedpeft import codec_laws
 from fedpeft.adapters import KINDS, AdapterSpec, greatest_rank, low_rank_modules
-from fedpeft.codecs import Codec
+from fedpeft.codecs import Codec, dense
 from fedpeft.errors import PlanError
 from fedpeft.merges import WEIGHTS, Method
 from fedpeft.optimizers import Optimizer
@@ -30,6 +31,7 @@ class Plan(NamedTuple):
     spare: bool = False
     mechanism: Mechanism | None = None
     channel: Channel | None = None
+    downlink: Codec = dense()
 
 
 class Law(NamedTuple):
@@ -66,6 +68,7 @@ def check(
         spare,
         parts.mechanism,
         parts.channel,
+        parts.downlink,
     )
     for law in LAWS:
         reason = law.broken(plan)
@@ -346,6 +349,10 @@ LAWS = (
     Law("a robust rule sees enough updates to fire", _enough_updates),
     Law("central privacy goes with plain means of equal weights", _private_sum),
     Law("a secure sum goes with plain means of equal weights", _secure_sum),
+    Law("a secure sum goes with a codec whose sums are sums", codec_laws.summed),
+    Law("error feedback goes with a codec that loses less than it is given", codec_laws.growing),
+    Law("error feedback goes with a rule that keeps coordinates", codec_laws.moving),
+    Law("what goes down coded goes with means, equal ranks and codecs that contract", codec_laws.down),
     Law("noise that is taken back goes with tensors that are always trained", _private_turns),
     Law("nothing travels beside an update that carries its own noise", _private_beside),
 )

@@ -12,19 +12,19 @@ from dataclasses import dataclass
 
 from fedpeft import residuals
 from fedpeft.adapters import AdapterSpec, AdapterState, Tensors, at_rank, greatest_rank, resized
-from fedpeft.codecs import dense
+from fedpeft.codecs import as_sent, dense, moved
 from fedpeft.errors import PacketError, sentence
 from fedpeft.residuals import Ranks
 from fedpeft.strategy import Strategy
 from fedpeft.updates import Memory, ServerState
 from fedpeft.wire import Packet, Scalar, Session, shown
 
-CONSTANT, RESIDUAL = "constant/", "residual/"
-"""What a memory's keys begin with where it keeps tensors that never change, and the residual."""
+CONSTANT, RESIDUAL, SENT = "constant/", "residual/", "sent/"
+"""What a memory's keys begin with where it keeps tensors that never change, the residual, and what was sent last."""
 
 _RANKS = re.compile(r"(\d{1,20}(,\d{1,20})*)?", re.ASCII)
 _EXACT = dense()
-"""The residual is part of the base, and no codec may change that."""
+"""What goes down travels as it is, but for deltas: the residual is part of the base, and no codec may change that."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,18 @@ def read_request(packet: Packet, strategy: Strategy, spec: AdapterSpec, memory: 
     columns = residuals.specification(spec, _less(end, start, spec)) if end else None
     control = strategy.stage.shared(own, int(packet.manifest["round"])) if strategy.controls else None
     body, place = packet.body, f"{packet.kind} request"
-    sizes = [strategy.codec.size(travelling), *(_EXACT.size(part) for part in (columns, control) if part)]
-    if sum(sizes) != len(body):
-        raise PacketError(
-            sentence(place, expected=f"{sum(sizes)} bytes", found=len(body), remedy="use the same adapter settings")
-        )
-    tensors = strategy.codec.decode(body[: sizes[0]], travelling)
+    beside = sum(_EXACT.size(part) for part in (columns, control) if part)
+    held = _held_round(packet)
+    if held is None and _EXACT.size(travelling) + beside != len(body):
+        expected = f"{_EXACT.size(travelling) + beside} bytes"
+        raise PacketError(sentence(place, expected=expected, found=len(body), remedy="use the same adapter settings"))
+    at = max(len(body) - beside, 0)
+    if held is None:
+        tensors = _EXACT.decode(body[:at], travelling)
+    else:
+        tensors = moved(strategy.downlink, _last(packet, memory, travelling, held), body[:at], travelling)
     travelling.require(tensors, place)
-    residual, at = {}, sizes[0]
+    residual = {}
     if columns:
         more = _EXACT.decode(body[at : at + _EXACT.size(columns)], columns)
         columns.require(more, f"{place}, residual")
@@ -82,6 +86,9 @@ def read_request(packet: Packet, strategy: Strategy, spec: AdapterSpec, memory: 
     if control:
         control.require(variate, f"{place}, control variate")
     kept = _remembered(strategy, own, tensors, memory, known=known)
+    if not strategy.downlink.additive:
+        last = {f"{SENT}{key}": tensors[key] for key in strategy.travelling(own).shapes}
+        kept = Memory({**kept.tensors, **last}, {**kept.fields, "sent": _round_of(packet)})
     adapter = {**tensors, **_constants(strategy, own, kept, place, known=known)}
     adapter |= _own(strategy, own, kept, int(packet.manifest["round"]))
     if columns:
@@ -101,8 +108,11 @@ def _request(
     holding = state.holdings.get(partition)
     known = holding is not None and holding.rank >= greatest_rank(spec)
     travelling = _travelling(strategy, spec, known=known)
-    body = [strategy.codec.encode(resized(state.adapter.tensors, travelling), travelling)]
+    holds_last = known and holding is not None and holding.round == state.round - 1 and state.sent.delta != b""
+    body = [state.sent.delta if holds_last else _EXACT.encode(resized(as_sent(state).tensors, travelling), travelling)]
     fields: dict[str, Scalar] = {**manifest, "rank": greatest_rank(spec), "known": known}
+    if holds_last:
+        fields["held"] = state.round - 1
     if state.adapter.residual:
         end = residuals.ranks_of(state.adapter.residual)
         start = state.drift.ranks.get(holding.round, ()) if holding else ()
@@ -119,10 +129,7 @@ def _request(
 
 def _travelling(strategy: Strategy, spec: AdapterSpec, *, known: bool) -> AdapterSpec:
     """What of the adapter goes down: all of it to a node that is not known to have anything."""
-    if not known:
-        return spec
-    kept = {*strategy.stage.constant(spec), *strategy.stage.local(spec, 1)}
-    return spec.only(key for key in spec.shapes if key not in kept)
+    return strategy.travelling(spec) if known else spec
 
 
 def _remembered(strategy: Strategy, spec: AdapterSpec, tensors: Tensors, memory: Memory, *, known: bool) -> Memory:
@@ -174,6 +181,51 @@ def _held(packet: Packet, memory: Memory, start: Ranks) -> Tensors:
         )
     found = {key.removeprefix(RESIDUAL): value for key, value in memory.tensors.items() if key.startswith(RESIDUAL)}
     return found
+
+
+def _round_of(packet: Packet) -> int:
+    """After which round the adapter is that a request brings."""
+    return int(packet.manifest["round"]) - (packet.kind == "fit")
+
+
+def _held_round(packet: Packet) -> int | None:
+    """After which round the adapter is that a request moves by a delta; None where it brings all of one.
+
+    Raises:
+        PacketError: it is not that of the round before.
+    """
+    held = packet.manifest.get("held")
+    if held is None:
+        return None
+    if isinstance(held, bool) or not isinstance(held, int) or held != _round_of(packet) - 1:
+        raise PacketError(
+            sentence(
+                f"{packet.kind} request, held",
+                expected=f"{_round_of(packet) - 1}, the round before",
+                found=shown(held),
+                remedy="run the same version on both sides",
+            )
+        )
+    return held
+
+
+def _last(packet: Packet, memory: Memory, spec: AdapterSpec, held: int) -> Tensors:
+    """The tensors of `spec` that the client was sent last.
+
+    Raises:
+        PacketError: they are not those of after round `held`.
+    """
+    found = {key: memory.tensors[f"{SENT}{key}"] for key in spec.shapes if f"{SENT}{key}" in memory.tensors}
+    if memory.fields.get("sent") != held or len(found) < len(spec.shapes):
+        raise PacketError(
+            sentence(
+                f"{packet.kind} request",
+                expected=f"the adapter after round {held} in this node's memory",
+                found=f"that after {memory.fields['sent']}" if "sent" in memory.fields else "none",
+                remedy="ask again; it will be sent",
+            )
+        )
+    return resized(found, spec)
 
 
 def _without(tensors: Tensors, prefix: str) -> Tensors:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from fedpeft import residuals
 from fedpeft.adapters import AdapterSpec, AdapterState, Tensors, absorbed, at_ranks, fit, fixed, norm, ranks_of, resized
-from fedpeft.codecs import Codec
+from fedpeft.codecs import Codec, as_sent, dense, first_sent, next_sent
 from fedpeft.errors import AdapterError, FederationError
 from fedpeft.merges import Contribution, Merged, Method, Pruning
 from fedpeft.optimizers import Optimizer
@@ -27,7 +27,8 @@ class Parts:
     """What a strategy is put together from.
 
     `controls` is how many clients there are in all, where they keep control variates (SCAFFOLD), else 0. `mechanism`
-    is how the run protects (None: not), `channel` how the server sees sums alone (None: it sees each update).
+    is how the run protects (None: not), `channel` how the server sees sums alone (None: it sees each update). `seed` is
+    the run's, `downlink` the codec of what the server sends.
     """
 
     stage: Stage
@@ -37,6 +38,8 @@ class Parts:
     controls: int = 0
     mechanism: Mechanism | None = None
     channel: Channel | None = None
+    seed: int = 0
+    downlink: Codec = field(default_factory=dense)
 
 
 class Strategy(NamedTuple):
@@ -45,9 +48,10 @@ class Strategy(NamedTuple):
     `init(run, seed, adapter)` is the state before round 1. `aggregate(state, updates)` is the state after a
     round and figures about it; updates are taken one by one, as they come, and a result that is not finite is
     a FederationError. `finalize(state)` is the adapter that a user deploys, with what went into the base. `stage`
-    and `codec` are the halves that clients run too; `pruning` is how they lower their rank, if they do; `controls`:
-    clients keep control variates (SCAFFOLD). `mechanism` is how the run protects, and what a round of it costs;
-    with a `channel` the server sees but sums of updates.
+    and `codec`, that of updates, are the halves that clients run too; `pruning` is how they lower their rank, if they
+    do; `controls`: clients keep control variates (SCAFFOLD). `mechanism` is how the run protects, and what a round of
+    it costs; with a `channel` the server sees but sums of updates. `seed` is what clients' rounding is drawn from.
+    `downlink` is the codec of what the server sends, of the tensors of `travelling(spec)`.
     """
 
     stage: Stage
@@ -59,6 +63,12 @@ class Strategy(NamedTuple):
     controls: bool = False
     mechanism: Mechanism | None = None
     channel: Channel | None = None
+    seed: int = 0
+    downlink: Codec = dense()
+
+    def travelling(self, spec: AdapterSpec) -> AdapterSpec:
+        """What of the adapter goes down to a node that has what never changes, and what is its own."""
+        return _travelling(self.stage, spec)
 
 
 def build(parts: Parts) -> Strategy:
@@ -73,19 +83,21 @@ def build(parts: Parts) -> Strategy:
         moments = optimizer.init(adapter.spec.only(key for key in adapter.spec.shapes if key not in kept))
         zeros = {key: np.zeros(shape, np.float32) for key, shape in adapter.spec.shapes.items() if key not in kept}
         control = zeros if parts.controls else {}
-        return ServerState(run=run, round=0, seed=seed, adapter=adapter, optimizer=moments, control=control)
+        down = first_sent(parts.downlink, adapter.tensors, _travelling(stage, adapter.spec))
+        return ServerState(run, 0, seed, adapter, optimizer=moments, control=control, sent=down)
 
     def aggregate(state: ServerState, updates: Iterable[Update]) -> tuple[ServerState, Measures]:
         before, spec, round_ = state.adapter.tensors, state.adapter.spec, state.round + 1
         # Of a sum nobody can say how far the mean of products is from the product of means, so nothing is measured.
         hidden = tuple(spec.shapes) if parts.channel else stage.local(spec, round_)
-        fold = merge.init(state, tuple(stage.shared(spec, round_).shapes), hidden)
+        base = as_sent(state)
+        fold = merge.init(replace(state, adapter=base), tuple(stage.shared(spec, round_).shapes), hidden)
         control = dict(state.control)
         for update in updates:
             for key, change in update.control.items():  # Karimireddy et al. 2020, "SCAFFOLD", algorithm 1, line 17
                 with np.errstate(over="ignore"):
                     control[key] = control[key] + fit(change, control[key].shape) / np.float32(parts.controls)
-            received = sent(state.adapter, update.spec)
+            received = sent(base, update.spec)
             fold = merge.add(fold, Contribution(update, received, update.share * merge.weigh(update)))
         with np.errstate(over="ignore", invalid="ignore"):
             merged = merge.finish(fold)
@@ -103,6 +115,7 @@ def build(parts: Parts) -> Strategy:
             privacy=_charged(merged.privacy or state.privacy, private, round_),
         )
         after, figures = _take_up(moved, merged, budget)
+        after = replace(after, sent=next_sent(parts.downlink, state.sent, after, _travelling(stage, spec)))
         return after, {"update_norm": norm(delta), **merged.measures, **figures}
 
     return Strategy(
@@ -115,7 +128,14 @@ def build(parts: Parts) -> Strategy:
         parts.controls > 0,
         private,
         parts.channel,
+        parts.seed,
+        parts.downlink,
     )
+
+
+def _travelling(stage: Stage, spec: AdapterSpec) -> AdapterSpec:
+    kept = {*stage.constant(spec), *stage.local(spec, 1)}
+    return spec.only(key for key in spec.shapes if key not in kept)
 
 
 def sent(adapter: AdapterState, like: AdapterSpec) -> AdapterState:

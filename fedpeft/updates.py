@@ -94,6 +94,18 @@ class Privacy:
 
 
 @dataclass(frozen=True)
+class Sent:
+    """The adapter as clients are sent it, where what goes down is coded.
+
+    `tensors` is what those have who were sent every part of it; `delta` is what made it of the round's before, as it
+    travels, empty where there is none.
+    """
+
+    tensors: Tensors = field(default_factory=dict)
+    delta: bytes = b""
+
+
+@dataclass(frozen=True)
 class ServerState:
     """Everything that a round changes; to resume is to load it.
 
@@ -102,6 +114,7 @@ class ServerState:
     has which part of the adapter's residual. `control` is the mean of the clients' control variates. `awaited` are
     those that were asked in the last round and have not answered yet, and the ranks that they were asked for.
     `conduct` says of those who have failed how often and who must not be asked. `privacy` is what has been spent.
+    `sent` is the adapter as clients are sent it, empty where that is the adapter itself.
     """
 
     run: str
@@ -116,3 +129,4 @@ class ServerState:
     awaited: Mapping[int, int] = field(default_factory=dict)
     conduct: Mapping[int, Conduct] = field(default_factory=dict)
     privacy: Privacy = field(default_factory=Privacy)
+    sent: Sent = field(default_factory=Sent)

@@ -16,6 +16,7 @@ from fedpeft.adapters import AdapterSpec, Tensors, at_rank, greatest_rank, norm
 from fedpeft.codecs import dense
 from fedpeft.errors import PacketError, sentence
 from fedpeft.quarantine import ABSENT
+from fedpeft.randomness import rng
 from fedpeft.strategy import Strategy
 from fedpeft.updates import Update
 from fedpeft.version import VERSION
@@ -108,9 +109,17 @@ class Transport(Protocol):
         ...
 
 
-def fit_reply(strategy: Strategy, update: Update, manifest: Mapping[str, Scalar], rank: int) -> Packet:
-    """The packet that carries the update of a client that is at `rank` now."""
-    body = strategy.codec.encode(update.delta, update.spec)
+def encoded(strategy: Strategy, update: Update, manifest: Mapping[str, Scalar]) -> bytes:
+    """The update's delta as it travels, rounded by draws that belong to this client and this round."""
+    random = rng(strategy.seed, int(manifest["round"]), int(manifest["partition"]), "codec")
+    return strategy.codec.encode(update.delta, update.spec, random)
+
+
+def fit_reply(
+    strategy: Strategy, update: Update, manifest: Mapping[str, Scalar], rank: int, body: bytes | None = None
+) -> Packet:
+    """The packet that carries the update of a client that is at `rank` now; `body` is its delta where that is coded."""
+    body = encoded(strategy, update, manifest) if body is None else body
     if strategy.controls:
         body += _EXACT.encode(update.control, update.spec)
     metrics = {f"metric.{key}": float(value) for key, value in update.metrics.items()}

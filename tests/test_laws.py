@@ -12,12 +12,13 @@ import pytest
 
 from fedpeft import ranks
 from fedpeft.adapters import AdapterSpec, AdapterState, ModuleSpec, at_rank, greatest_rank
+from fedpeft.codecs import bf16, coded, low_rank, steps, top_k
 from fedpeft.config.federation import CHANNELS
 from fedpeft.config.merges import MERGES
 from fedpeft.config.privacy import PRIVACY
 from fedpeft.errors import PlanError
 from fedpeft.laws import LAWS, check
-from fedpeft.merges import rule
+from fedpeft.merges import Pruning, rule
 from fedpeft.optimizers import momentum, sgd
 from fedpeft.privacy import ClientNoise, Population
 from fedpeft.stages import Stage, alternate, chain, freeze, identity, keep_local
@@ -190,6 +191,57 @@ BROKEN: list[tuple[Parts, dict[str, Any], str, str]] = [
         "found nodes of unlike rank",
     ),
     (
+        replace(preset("fedavg", weights="uniform"), channel=CHANNEL, codec=coded(rounding=bf16())),
+        {},
+        "a secure sum goes with a codec whose sums are sums",
+        "expected dense, because under masks",
+    ),
+    *(
+        (
+            replace(made(), codec=coded(reduction, rounding, remembers=True)),
+            {},
+            "error feedback goes with a codec that loses less than it is given",
+            "found one that may lose more; choose finer steps",
+        )
+        for reduction, rounding in (
+            (None, steps(3, 64, "stochastic")),
+            (None, steps(4, 64, "nearest")),
+            (top_k(0.5), steps(15, 256, "stochastic")),
+            (low_rank(1), steps(255, 64, "stochastic")),
+        )
+    ),
+    *(
+        (
+            replace(preset(name), codec=coded(top_k(0.5), remembers=True)),
+            {},
+            "error feedback goes with a rule that keeps coordinates",
+            "found error_feedback; drop it, or choose fedavg",
+        )
+        for name in ("flora", "flexlora")
+    ),
+    *(
+        (
+            replace(one, downlink=coded(top_k(0.5), rounding, remembers=remembers)),
+            more,
+            "what goes down coded goes with means, equal ranks and codecs that contract",
+            words,
+        )
+        for one, rounding, remembers, more, words in (
+            (
+                preset("fedex"),
+                None,
+                False,
+                {},
+                "found a rule that makes more of updates than their mean; choose fedavg",
+            ),
+            (replace(preset("fedavg", weights="uniform"), channel=CHANNEL), None, False, {}, "found secure sums"),
+            (replace(made(), method=replace(made().method, pruning=Pruning(0.5, 0.1))), None, False, {}, "lower their"),
+            (made(), None, False, {"spec": WIDE, "ranks": (2, 4)}, "found nodes of unlike rank; choose equal ranks"),
+            (made(), None, True, {}, "found error_feedback"),
+            (made(), steps(4, 64, "nearest"), False, {}, "found one that may lose more"),
+        )
+    ),
+    (
         replace(
             preset("rolora", weights="uniform"),
             mechanism=PRIVACY.members["central"](noise_multiplier=1.0, bands=3).build(Population(9, 3)),
@@ -266,6 +318,15 @@ def test_the_law_that_a_plan_breaks_is_the_one_that_says_so(
         (made(), {"spec": WIDE, "ranks": (4, 0)}),
         (made(), {"spec": IA3}),
         (preset("median"), {"spec": IA3, "ranks": (0,)}),
+        *(
+            (replace(preset(name), codec=coded(top_k(0.5), rounding, remembers=True)), {})
+            for name in ("fedavg", "fedex", "rolora", "hetlora")
+            for rounding in (None, steps(15, 64, "stochastic"), steps(3, 64, "nearest"))
+        ),
+        (replace(preset("flora"), codec=coded(top_k(0.5), steps(3, 64, "stochastic"))), {}),
+        (replace(preset("fedavg", weights="uniform"), channel=CHANNEL), {}),
+        *((replace(preset(name), downlink=coded(top_k(0.5))), {}) for name in ("fedavg", "ffa_lora", "rolora")),
+        (replace(made(controls=3), downlink=coded(top_k(0.5))), {"spec": WIDE, "ranks": (0, 4)}),
     ],
 )
 def test_a_sound_plan_passes(plan: Parts, more: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ def dense() -> Codec:
     return Codec(_encode, _decode, _size, additive=True, expands_norm=False)
 
 
-def _encode(tensors: Tensors, spec: AdapterSpec) -> bytes:
+def _encode(tensors: Tensors, spec: AdapterSpec, random: np.random.Generator | None = None) -> bytes:  # noqa: ARG001
     return b"".join(np.ascontiguousarray(tensors[key], _FLOAT).tobytes() for key in spec.shapes)
 
 

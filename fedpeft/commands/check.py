@@ -137,7 +137,7 @@ def messages(strategy: Strategy, spec: AdapterSpec) -> Messages:
     shared = [strategy.stage.shared(spec, round_) for round_ in (1, 2)]
     variates = [dense().size(part) if strategy.controls else 0 for part in shared]
     sent = [strategy.codec.size(part) + variate for part, variate in zip(shared, variates, strict=True)]
-    return Messages(strategy.codec.size(spec) + variates[0], strategy.codec.size(again) + variates[0], *sent)
+    return Messages(dense().size(spec) + variates[0], dense().size(again) + variates[0], *sent)
 
 
 def _possible(rule: RankRule, spec: AdapterSpec) -> tuple[int, ...]:

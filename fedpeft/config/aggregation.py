@@ -4,23 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fedpeft.codecs import Codec, dense
-from fedpeft.config.fields import Choice, Table, choice, require_range
+from fedpeft.config.codecs import CODECS
+from fedpeft.config.fields import Choice, choice, require_range
 from fedpeft.config.merges import MERGES
 from fedpeft.config.optimizers import OPTIMIZERS
 from fedpeft.stages import Stage, chain, clip, freeze, keep_local
-
-
-@dataclass(frozen=True)
-class Dense:
-    """Every number as it is, in float32."""
-
-    def build(self) -> Codec:
-        """The codec that these settings describe."""
-        return dense()
-
-
-CODECS = Table("kind", {"dense": Dense})
 
 
 @dataclass(frozen=True)
@@ -50,9 +38,10 @@ class StagesConfig:
 
 @dataclass(frozen=True)
 class AggregationConfig:
-    """How updates travel, are merged, and move the adapter."""
+    """How updates travel, are merged, and move the adapter, and how that travels back."""
 
     stages: StagesConfig = field(default_factory=StagesConfig)
     codec: Choice = choice(CODECS, "dense")
+    downlink: Choice = choice(CODECS, "dense")
     merge: Choice = choice(MERGES, "fedavg")
     optimizer: Choice = choice(OPTIMIZERS, "sgd")

@@ -12,6 +12,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedpeft.codecs import dense
 from fedpeft.config import RunConfig, load
 from fedpeft.config.observation import ObservationConfig
 from fedpeft.engines.flower_answers import answers_over
@@ -77,7 +78,7 @@ def _serve(grid: Grid, asked: Mapping[str, Any], root: Path) -> None:
     speak_through(logging.getLogger("flwr"), config.observation.log_format)
     _logger.info("the run folder is %s", folder.root)
     spec = adapted_model(config).spec
-    most_bytes = _MOST_ADAPTERS * strategy_of(config).codec.size(spec)
+    most_bytes = _MOST_ADAPTERS * max(dense().size(spec), strategy_of(config).codec.size(spec))
     guard(most_bytes)
     server = Installation(base=spec.base_model, adapter=spec.digest)
     sent, answers = replace(config, observation=ObservationConfig()), answers_over(grid, most_bytes)

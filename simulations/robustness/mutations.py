@@ -9,7 +9,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedpeft.adapters import AdapterSpec, AdapterState, ModuleSpec
-from fedpeft.codecs import dense
+from fedpeft.codecs import coded, dense, steps, top_k, zstd
 from fedpeft.engines.flower_messages import STYPE, to_packet, to_records
 from fedpeft.merges import Method, rule
 from fedpeft.optimizers import sgd
@@ -32,12 +32,16 @@ SPEC = AdapterSpec(
 )
 _SESSION = Session("run-1", "c0ffee", SPEC.digest)
 _STRATEGY = build(Parts(identity(), dense(), Method(rule("examples")), sgd(1.0)))
+_CODED = build(
+    Parts(identity(), coded(top_k(0.5), steps(15, 8, "nearest"), zstd(3)), Method(rule("examples")), sgd(1.0))
+)
 _TENSORS = {key: np.ones(shape, np.float32) for key, shape in SPEC.shapes.items()}
 _EXPECTED = {**_SESSION.manifest(1), "partition": 0}
 _UPDATE = Update(SPEC, _TENSORS, 10, 100, metrics={"loss": 1.0, "seconds": 2.0})
 VALID: tuple[Packet, ...] = (
     fit_reply(_STRATEGY, _UPDATE, _EXPECTED, 4),
     fit_request(_STRATEGY, ServerState("run-1", 0, 0, AdapterState(SPEC, _TENSORS)), _SESSION, 0, 4),
+    fit_reply(_CODED, _UPDATE, _EXPECTED, 4),
 )
 MOST_NORM = 100.0
 
@@ -88,14 +92,14 @@ def mutated(draw: Draw) -> tuple[int, RecordDict]:
 
 
 def receive(which: int, records: RecordDict) -> None:
-    """What the server does with a reply (0), and a node with a request (1).
+    """What the server does with a reply (0), or a coded one (2), and a node with a request (1).
 
     Raises:
         FedPeftError: the message is not what it should be.
     """
     packet = to_packet(records)
-    if which == 0:
-        update = read_update(packet, _STRATEGY, SPEC, _EXPECTED)
+    if which != 1:
+        update = read_update(packet, _CODED if which else _STRATEGY, SPEC, _EXPECTED)
         require_norm(update, MOST_NORM, "update")
         packet.size_bytes  # noqa: B018
         _require_sane(update)

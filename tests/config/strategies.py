@@ -9,6 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from fedpeft.codecs import ROUNDINGS
 from fedpeft.config import Choice, RunConfig
 from fedpeft.config.adapters import Lora
 from fedpeft.config.adapters.rotations import Hra
@@ -49,6 +50,7 @@ BOUND: dict[str, st.SearchStrategy[Any]] = {
     "form": st.sampled_from(["prompt", "messages"]),
     "group_size": st.integers(2, 40),
     "keep": st.floats(0.01, 1.0),
+    "level": st.integers(1, 19),
     "label_smoothing": st.floats(0.0, 0.5),
     "labels": st.lists(TEXTS, min_size=2, max_size=4, unique=True).map(tuple),
     "log_format": st.sampled_from(LOG_FORMATS),
@@ -65,6 +67,7 @@ BOUND: dict[str, st.SearchStrategy[Any]] = {
     "name": st.from_regex(r"[a-z0-9_-]{1,8}", fullmatch=True),
     "precision": st.sampled_from(["float32", "bfloat16", "float16"]),
     "ranks": st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple),
+    "rounding": st.sampled_from(sorted(ROUNDINGS)),
     "sampler": st.sampled_from(EXAMPLE_SAMPLERS),
     "seed": st.integers(0, 2**63 - 1),
     "sinks": st.lists(st.sampled_from(sorted(SINKS)), max_size=3, unique=True).map(tuple),

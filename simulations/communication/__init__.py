@@ -1,0 +1,1 @@
+"""What updates cost to send, and what it costs to send less."""
