@@ -560,6 +560,30 @@ def test_a_node_may_say_another_rank_before_each_round(tmp_path: Path) -> None:
     assert states[3].holdings == {0: Holding(2, 3), 1: Holding(2, 4)}
 
 
+def test_what_is_said_of_a_rank_counts_among_the_bytes_each_way(tmp_path: Path) -> None:
+    """Ten bytes of a manifest or a thousand: what is asked and answered before a round is sent too."""
+    told, equal = (
+        went(Nodes(strategy(), tmp_path / name), wide_plan(rule_), 1)[1][0]
+        for name, rule_ in (("told", ranks.declared(4)), ("equal", ranks.equal()))
+    )
+    nodes = Nodes(strategy(), tmp_path / "again")
+    went(nodes, wide_plan(ranks.declared(4)), 1)
+    asked = [(partition, packet) for partition, packet in nodes.asked if packet.kind == "describe"]
+    said = [answer(packet, site(p, strategy(), Toy(p, spec=WIDE)), FolderMemory(tmp_path)) for p, packet in asked]
+    assert (told["exchanges"], equal["exchanges"]) == (2, 1)
+    assert told["bytes_down"] - equal["bytes_down"] == sum(packet.size_bytes for _, packet in asked) > 0
+    assert told["bytes_up"] - equal["bytes_up"] == sum(reply.size_bytes for reply in said) > 0
+    assert told["bytes_up"] == sum(client["bytes_up"] for client in told["clients"])
+
+
+def test_bytes_of_an_answer_that_is_refused_are_counted_although_it_is_not_used() -> None:
+    reply = hostile(1, NAN)
+    _, plain = step(strategy(), plan(quorum=1), state(), Script([(0, None)]), nobody())
+    _, record = step(strategy(), plan(quorum=1), state(), Script([(0, None), (1, reply)]), nobody())
+    assert [client["partition"] for client in record["clients"]] == [0]
+    assert record["bytes_up"] - plain["bytes_up"] == reply.size_bytes > 0
+
+
 def test_memory_decides_the_rank_and_a_wish_may_lower_it(tmp_path: Path) -> None:
     said = [{0: {"memory_bytes": 2 * 10**9}, 1: {"memory_bytes": 9 * 10**9, "rank": 3}}, {1: {"memory_bytes": 10**12}}]
     nodes = Nodes(strategy(), tmp_path, said)
