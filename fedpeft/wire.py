@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
+
 from fedpeft.adapters import AdapterSpec, Tensors, at_rank, greatest_rank, norm
 from fedpeft.codecs import dense
 from fedpeft.errors import PacketError, sentence
@@ -110,7 +112,7 @@ class Transport(Protocol):
 
 def fit_reply(strategy: Strategy, update: Update, manifest: Mapping[str, Scalar], rank: int) -> Packet:
     """The packet that carries the update of a client that is at `rank` now."""
-    body = strategy.codec.encode(update.delta, update.spec)
+    body = b"" if update.silent else strategy.codec.encode(update.delta, update.spec)
     if strategy.controls:
         body += _EXACT.encode(update.control, update.spec)
     metrics = {f"metric.{key}": float(value) for key, value in update.metrics.items()}
@@ -146,7 +148,9 @@ def read_update(packet: Packet, strategy: Strategy, spec: AdapterSpec, expected:
             )
         )
     own = len(packet.body) - control
-    delta = strategy.codec.decode(packet.body[:own], shared)
+    silent = strategy.stage.silent and not packet.body
+    none = {key: np.zeros(shape, np.float32) for key, shape in shared.shapes.items()}
+    delta = none if silent else strategy.codec.decode(packet.body[:own], shared)
     shared.require(delta, place)
     _require_magnitude(delta, place)
     variate = _EXACT.decode(packet.body[own:], shared) if strategy.controls else {}
@@ -160,6 +164,7 @@ def read_update(packet: Packet, strategy: Strategy, spec: AdapterSpec, expected:
         tokens=_count(packet.manifest, "tokens", place, MOST_EXAMPLES),
         metrics=metrics,
         control=variate,
+        silent=silent,
     )
 
 

@@ -31,6 +31,7 @@ FEDERATION = (
     | RECORDS
     | {
         "laws",
+        "plans",
         "ranks",
         "requests",
         "client",
@@ -68,7 +69,8 @@ ROOMS: dict[str, set[str]] = {
     "residuals": UPDATES | {"merges"},
     "pruning": UPDATES | {"merges"},
     "strategy": CONFIG | {"residuals"},
-    "laws": STRATEGY,
+    "plans": STRATEGY,
+    "laws": STRATEGY | {"plans"},
     "compatibility": STRATEGY | {"laws"},
     "wire": STRATEGY,
     "ranks": WIRE,

@@ -20,7 +20,7 @@ from fedpeft.laws import LAWS, check
 from fedpeft.merges import rule
 from fedpeft.optimizers import momentum, sgd
 from fedpeft.privacy import ClientNoise, Population
-from fedpeft.stages import Stage, alternate, chain, freeze, identity, keep_local
+from fedpeft.stages import Stage, alternate, chain, freeze, identity, keep_local, keep_silent, take_turns
 from fedpeft.strategy import Parts, build
 from fedpeft.updates import Update
 from tests.toys import SPEC, WIDE, parts
@@ -35,6 +35,17 @@ SQUARE = AdapterSpec(
     ),
 )
 DORA = AdapterSpec("base", "lora", (ModuleSpec("layer", "dora", 2, 1.0, (("A", (2, 3)), ("B", (3, 2)), ("g", (3,)))),))
+LAYERED, TWO_KINDS = (
+    AdapterSpec(
+        "base",
+        "lora",
+        tuple(
+            ModuleSpec(f"layer.{number}", kind, 1, 1.0, (("A", (1, 2)), ("B", (2, 1)), *more))
+            for number, (kind, more) in enumerate([("lora", ()), ("lora", ()), last])
+        ),
+    )
+    for last in (("lora", ()), ("dora", (("g", (2,)),)))
+)
 FREE = rule("examples", gauge="free")
 CHANNEL = CHANNELS.members["secure"]().build()
 
@@ -65,6 +76,41 @@ BROKEN: list[tuple[Parts, dict[str, Any], str, str]] = [
         "found layer.B in both",
     ),
     (preset("fedsa_lora", freeze(["*.B"])), {}, "a tensor is frozen or local, never both", "found layer.B in both"),
+    *(
+        (one, {"spec": LAYERED}, "each group of layers that take turns has one", words)
+        for one, words in (
+            (made(take_turns(4)), "than the 3 layers .* found 4; lower it to 3"),
+            (preset("rolora", take_turns(2)), "expected an odd number .* set turns=3"),
+        )
+    ),
+    (made(take_turns(2)), {}, "each group of layers that take turns has one", "than the 0 layers"),
+    (
+        preset("flexlora", take_turns(2)),
+        {"spec": LAYERED},
+        "a rule that makes new factors needs both of them",
+        "frozen",
+    ),
+    *(
+        (
+            one,
+            {"updates": 9},
+            "a site may say nothing where a plain mean sees each update",
+            f"aggregation.stages.silent_below: .*found {words}",
+        )
+        for one, words in (
+            (preset("median", keep_silent(0.5, 3)), "a rule that makes more of updates than their mean"),
+            (preset("flexlora", keep_silent(0.5, 3)), "a rule that makes more of updates than their mean"),
+            (made(keep_silent(0.5, 3), controls=3), "control variates"),
+            (replace(made(keep_silent(0.5, 3), merge=rule("uniform")), channel=CHANNEL), "secure sums"),
+            (
+                replace(
+                    made(keep_silent(0.5, 3), merge=rule("uniform")),
+                    mechanism=PRIVACY.members["local"](noise_multiplier=1.0).build(Population(100, 20)),
+                ),
+                "a private run",
+            ),
+        )
+    ),
     (made(freeze(["*"])), {}, "something is trained", "found all frozen"),
     (made(alternate(["head.*"], ["*"])), {}, "something is trained", "found all frozen"),
     (preset("ffa_lora", freeze(["head.*", "*.B"])), {}, "something is trained", "found all frozen"),
@@ -253,6 +299,9 @@ def test_the_law_that_a_plan_breaks_is_the_one_that_says_so(
         (made(chain(freeze(["head.*"]), keep_local(["*.A"]))), {}),
         (made(alternate(["*.A"], ["*.B"])), {}),
         (made(merge=FREE), {}),
+        *((made(take_turns(groups)), {"spec": spec}) for groups in (2, 3) for spec in (LAYERED, TWO_KINDS)),
+        (preset("rolora", chain(take_turns(3), keep_silent(0.5, 3))), {"spec": LAYERED}),
+        (made(keep_silent(0.5, 3)), {"spec": WIDE, "ranks": (1, 4)}),
         (made(controls=3), {"spec": WIDE, "ranks": (2,)}),
         (made(controls=3), {"spec": WIDE, "ranks": (0,)}),
         (replace(preset("fedex"), optimizer=momentum(1.0, 0.9, "sum")), {}),

@@ -11,7 +11,7 @@ from typing import Any
 from fedpeft.links import Link, Transfer, joules, known, round_seconds
 from fedpeft.report.history import History, Record
 from fedpeft.report.tables import Table
-from fedpeft.report.units import human_bytes, human_energy, human_seconds, times
+from fedpeft.report.units import human_bytes, human_energy, short_seconds, times
 
 OURS, DENSE, FULL = "this run", "FedAvg on the adapter in float32", "full fine-tuning in float32"
 """What is compared: the run itself, the same adapter sent whole each way, and all of the base's parameters."""
@@ -89,7 +89,7 @@ def traffic_words(run: History) -> tuple[str, ...]:
     less = [f"{times(_both(other) / _both(ours))} less than {name}" for name, other in compared.items() if _both(ours)]
     said = f"Sent {human_bytes(ours.down_bytes)} down and {human_bytes(ours.up_bytes)} up"
     lines = [
-        f"{name} {human_seconds(found.seconds)} and {human_energy(found.joules)}"
+        f"{name} {short_seconds(found.seconds)} and {human_energy(found.joules)}"
         for name, link in links_of(run).items()
         for found in (taken(link, tuple(map(_ours, run.rounds))),)
     ]
@@ -112,7 +112,7 @@ def traffic_table(run: History) -> Table:
     rows = []
     for name, rounds in compared.items():
         sum_, costs = total(rounds), [taken(link, rounds) for link in links.values()]
-        on_links = [f"{human_seconds(cost.seconds)}, {human_energy(cost.joules)}" for cost in costs]
+        on_links = [f"{short_seconds(cost.seconds)}, {human_energy(cost.joules)}" for cost in costs]
         ratio = times(_both(sum_) / ours) if ours else times(None)
         rows.append((name, human_bytes(sum_.down_bytes), human_bytes(sum_.up_bytes), ratio, *on_links))
     return Table(("", "bytes down", "bytes up", "× this run", *(f"on {name}" for name in links)), tuple(rows))
@@ -137,7 +137,7 @@ def rounds_table(run: History) -> Table:
                 human_bytes(so_far_down),
                 human_bytes(so_far_up),
                 *(human_bytes(others[name][index]) for name in others if name != OURS),
-                *(f"{human_seconds(cost.seconds)}, {human_energy(cost.joules)}" for cost in costs),
+                *(f"{short_seconds(cost.seconds)}, {human_energy(cost.joules)}" for cost in costs),
             )
         )
     heads = ("round", "down", "up", "down so far", "up so far", *(f"{name}, so far" for name in others if name != OURS))
