@@ -325,6 +325,19 @@ def _every_layer(plan: Plan) -> str:
 _SILENCE = "let every site speak"
 
 
+def _turns_at_one_rank(plan: Plan) -> str:
+    cap = greatest_rank(plan.spec)
+    if plan.stage.turns == 1 or (plan.ranks <= {cap} and not plan.method.pruning):
+        return ""
+    found = (
+        "a rule by which nodes lower it" if plan.method.pruning else f"ranks {', '.join(map(str, sorted(plan.ranks)))}"
+    )
+    return (
+        "aggregation.stages.turns: expected nodes that keep the server's rank, because they keep layers that wait for "
+        f"their turn, found {found}; choose equal ranks and fedavg, or set turns=1."
+    )
+
+
 def _nothing_said(plan: Plan) -> str:
     if not plan.stage.silent:
         return ""
@@ -353,6 +366,7 @@ def _nothing_said(plan: Plan) -> str:
 LAWS = (
     Law("the rule is for this kind of adapter", _of_its_kind),
     Law("each group of layers that take turns has one", _every_layer),
+    Law("layers take turns among nodes of one rank", _turns_at_one_rank),
     Law("a tensor is frozen or local, never both", _frozen_and_local),
     Law("something is trained", _nothing_trained),
     Law("something is shared", _nothing_shared),

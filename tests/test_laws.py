@@ -83,6 +83,18 @@ BROKEN: list[tuple[Parts, dict[str, Any], str, str]] = [
             (preset("rolora", take_turns(2)), "expected an odd number .* set turns=3"),
         )
     ),
+    (
+        made(take_turns(2)),
+        {"spec": LAYERED, "ranks": (0, 2)},
+        "layers take turns among nodes of one rank",
+        "found ranks 2; choose equal ranks",
+    ),
+    (
+        preset("hetlora", take_turns(2)),
+        {"spec": LAYERED},
+        "layers take turns among nodes of one rank",
+        "found a rule by which nodes lower it",
+    ),
     (made(take_turns(2)), {}, "each group of layers that take turns has one", "than the 0 layers"),
     (
         preset("flexlora", take_turns(2)),

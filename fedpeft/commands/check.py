@@ -159,7 +159,8 @@ def _ranks(name: str, rule: RankRule, sizes: Mapping[int, Messages]) -> _Rows:
 
 def _one_client(who: str, size: Messages) -> _Rows:
     first = f", {human_bytes(size.first)} the first time" if size.first != size.down else ""
-    return ((f"{who} receives", f"{human_bytes(size.down)} a round{first}"), (f"{who} sends", _sends(size.up)))
+    most = "at most " if len(size.up) > 2 else ""
+    return ((f"{who} receives", f"{most}{human_bytes(size.down)} a round{first}"), (f"{who} sends", _sends(size.up)))
 
 
 def _sends(up: tuple[int, ...]) -> str:
