@@ -28,7 +28,7 @@ from fedpeft.report.tables import (
     settings_table,
     summary_table,
 )
-from fedpeft.report.traffic import rounds_table, traffic_table, traffic_words
+from fedpeft.report.traffic import LINK_WORDS, rounds_table, traffic_table, traffic_words
 from fedpeft.report.units import human_bytes, human_count, human_seconds, percent, times
 
 _Figure = tuple[str, str, str]
@@ -235,7 +235,7 @@ def _paragraphs(sentences: Sequence[str]) -> str:
 
 def _traffic(run: History) -> str:
     """The bytes against those of others, in words and in a table, and round by round."""
-    told = _paragraphs(traffic_words(run)) + _scroll(render_html(traffic_table(run)))
+    told = _paragraphs((*traffic_words(run), LINK_WORDS)) + _scroll(render_html(traffic_table(run)))
     return told + _folded("Bytes round by round", rounds_table(run), "numbers settings")
 
 

@@ -16,6 +16,15 @@ from fedpeft.report.units import human_bytes, human_energy, short_seconds, times
 OURS, DENSE, FULL = "this run", "FedAvg on the adapter in float32", "full fine-tuning in float32"
 """What is compared: the run itself, the same adapter sent whole each way, and all of the base's parameters."""
 
+LINK_WORDS = (
+    "A round takes as long as its slowest site, training apart. Energies are of unlike things, of a phone's modem on "
+    "LTE, of public networks on a home line, of switches in a data centre: compare runs on one link, not links."
+)
+"""What must be known to read modelled figures."""
+
+_ALIKE = 0.005
+"""A difference of bytes below this share is that of manifests."""
+
 
 @dataclass(frozen=True)
 class Sent:
@@ -86,7 +95,7 @@ def traffic_words(run: History) -> tuple[str, ...]:
         return ()
     compared = {name: total(rounds) for name, rounds in sent_by(run).items()}
     ours = compared.pop(OURS)
-    less = [f"{times(_both(other) / _both(ours))} less than {name}" for name, other in compared.items() if _both(ours)]
+    less = [_against(_both(other) / _both(ours), name) for name, other in compared.items() if _both(ours)]
     said = f"Sent {human_bytes(ours.down_bytes)} down and {human_bytes(ours.up_bytes)} up"
     lines = [
         f"{name} {short_seconds(found.seconds)} and {human_energy(found.joules)}"
@@ -100,7 +109,8 @@ def traffic_words(run: History) -> tuple[str, ...]:
     )
     return (
         f"{said}{': ' if less else ''}{', '.join(less)}.",
-        f"Under way, by a model of the link and not measured: {'; '.join(lines)}.",
+        f"Under way, by a model of each link and not measured: {'; '.join(lines)}.",
+        *_silences(run),
         *((scoring,) if scored else ()),
     )
 
@@ -163,6 +173,20 @@ def _dense_bytes(run: History) -> int | None:
     adapter = run.start.get("adapter") or {}
     size = adapter.get("dense_bytes") or adapter.get("bytes")
     return int(size) if size else None
+
+
+def _against(ratio: float, name: str) -> str:
+    """How much less was sent than by another, of whose bytes ours are one part in `ratio`."""
+    if abs(ratio - 1) < _ALIKE:
+        return f"as much as {name}"
+    return f"{times(ratio)} less than {name}" if ratio > 1 else f"{times(1 / ratio)} more than {name}"
+
+
+def _silences(run: History) -> tuple[str, ...]:
+    """How often a site had nothing to say, where one did."""
+    answers = [client for record in run.rounds for client in record.get("clients") or ()]
+    silent = sum(bool(client.get("silent")) for client in answers)
+    return (f"Of {len(answers)} answers {silent} said nothing, because there was too little to say.",) if silent else ()
 
 
 def _both(transfer: Transfer) -> float:

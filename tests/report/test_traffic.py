@@ -8,6 +8,7 @@ import pytest
 
 from fedpeft.links import Link, Transfer
 from fedpeft.report.history import history
+from fedpeft.report.page import render_page
 from fedpeft.report.traffic import (
     DENSE,
     FULL,
@@ -97,6 +98,27 @@ def test_words_say_what_was_sent_and_that_times_are_modelled() -> None:
     assert "not measured" in modelled
     assert "mine 1.50 s and 7.40 mJ" in modelled
     assert traffic_words(history(records()[:1])) == ()
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [(644, "as much as"), (322, "2.00 × more than"), (6_440, "9.99 × less than")],
+)
+def test_words_say_less_more_or_as_much(size: int, words: str) -> None:
+    """The run sent 5,800 bytes; the adapter would have gone down five times and up four times."""
+    assert f": {words} {DENSE}, " in traffic_words(history(records(dense_bytes=size)))[0]
+
+
+def test_silent_answers_are_counted() -> None:
+    told = records()
+    told[2]["clients"][1]["silent"] = 1.0
+    assert traffic_words(history(told))[2].startswith("Of 4 answers 1 said nothing")
+
+
+def test_the_page_has_what_was_sent_once_there_is_a_round() -> None:
+    assert "What was sent" in render_page(records())
+    assert "of 4 answers" not in render_page(records()).lower()
+    assert "What was sent" not in render_page(records()[:1])
 
 
 def test_a_journal_that_knows_no_sizes_is_compared_with_nothing() -> None:
