@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -337,6 +338,26 @@ def test_a_sound_plan_passes(plan: Parts, more: dict[str, Any]) -> None:
 def test_every_preset_passes_with_its_defaults(name: str) -> None:
     spec = SQUARE if preset(name).method.kinds == ("lora_sb",) else WIDE
     check(preset(name), spec, (), 7)
+
+
+def goes(stage: Stage, name: str) -> bool:
+    method = preset(name, weights="uniform").method
+    kind = (*method.kinds, "lora")[0]
+    square = (("R", (1, 1)),) if kind == "lora_sb" else ()
+    layers = (ModuleSpec(f"layer.{n}", kind, 1, 1.0, (("A", (1, 2)), ("B", (2, 1)), *square)) for n in range(3))
+    try:
+        check(preset(name, stage, weights="uniform"), AdapterSpec("base", kind, tuple(layers)), updates=20)
+    except PlanError:
+        return False
+    return True
+
+
+def test_rules_that_send_less_by_turns_or_by_silence_are_those_that_are_said_to() -> None:
+    page = (Path(__file__).parents[1] / "docs/sending-less.md").read_text(encoding="utf-8")
+    for setting, stage in (("turns", take_turns(3)), ("silent_below", keep_silent(0.5, 3))):
+        row = next(line for line in page.splitlines() if line.startswith(f"| `aggregation.stages.{setting}"))
+        told = set(re.findall("`([a-z_]+)`", row.split("|")[3]))
+        assert told == {name for name in MERGES.members if goes(stage, name)}
 
 
 @pytest.mark.parametrize("default", [1, 2, 4])
