@@ -41,13 +41,14 @@ _Rows = tuple[tuple[str, str], ...]
 class Messages(NamedTuple):
     """Bytes of one client's payloads: what it receives at first and after that, what it sends round after round.
 
-    `up` has as many entries as there are rounds before it repeats. The residual beside the base, which grows, is not
-    counted.
+    `up` has as many entries as there are rounds before it repeats. Where layers take `turns`, a client that took part
+    of late receives less. The residual beside the base, which grows, is not counted.
     """
 
     first: int
     down: int
     up: tuple[int, ...]
+    turns: int
 
 
 def run_check(path: Path, overrides: list[str]) -> None:
@@ -137,7 +138,12 @@ def messages(strategy: Strategy, spec: AdapterSpec) -> Messages:
     shared = [strategy.stage.shared(spec, round_) for round_ in range(1, strategy.stage.period + 1)]
     variates = [dense().size(part) if strategy.controls else 0 for part in shared]
     sent = [strategy.codec.size(part) + variate for part, variate in zip(shared, variates, strict=True)]
-    return Messages(strategy.codec.size(spec) + variates[0], strategy.codec.size(again) + variates[0], tuple(sent))
+    return Messages(
+        strategy.codec.size(spec) + variates[0],
+        strategy.codec.size(again) + variates[0],
+        tuple(sent),
+        strategy.stage.turns,
+    )
 
 
 def _possible(rule: RankRule, spec: AdapterSpec) -> tuple[int, ...]:
@@ -159,7 +165,7 @@ def _ranks(name: str, rule: RankRule, sizes: Mapping[int, Messages]) -> _Rows:
 
 def _one_client(who: str, size: Messages) -> _Rows:
     first = f", {human_bytes(size.first)} the first time" if size.first != size.down else ""
-    most = "at most " if len(size.up) > 2 else ""
+    most = "at most " if size.turns > 1 else ""
     return ((f"{who} receives", f"{most}{human_bytes(size.down)} a round{first}"), (f"{who} sends", _sends(size.up)))
 
 
