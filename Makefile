@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 ARGS ?=
 
 BIN := .venv/bin
@@ -29,6 +30,7 @@ help: ## say what each command does
 	@echo "  TORCH_INDEX=ADDRESS  where to take PyTorch from: its install page gives the address of its CPU index;"
 	@echo "                       on Linux that build is far smaller than the default one, which carries CUDA"
 	@echo "  ARGS='--quiet'       more arguments for 'fedpeft simulate' in 'make demo'"
+	@echo "  WORKERS=2            how many processes run the tests of 'make test', 'make check' and 'make tests'"
 	@echo "  PYTEST_ARGS='-x'     more arguments for pytest in 'make test', 'make check' and 'make tests'"
 
 demo: setup ## set up, then run the main job: twelve sites learn sentiment together
@@ -96,9 +98,10 @@ types: $(STAMP) ## mypy --strict
 	@$(SAY) "Types"
 	@$(BIN)/mypy
 
-tests: $(STAMP) ## pytest
+# Files go to processes whole, because what a file's tests share is dear; each process computes with one thread.
+tests: $(STAMP) ## pytest, in WORKERS processes
 	@$(SAY) "Tests"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 constraints: $(STAMP) ## write the versions in .venv to constraints.txt
 	@sed -n '/^#/p' constraints.txt > constraints.new

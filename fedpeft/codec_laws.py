@@ -2,49 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from fedpeft.adapters import AdapterSpec, greatest_rank
-from fedpeft.codecs import Codec
-from fedpeft.merges import Method
-from fedpeft.privacy import Channel
+from fedpeft.adapters import greatest_rank
+from fedpeft.plans import Plan
 
 
-class Coding(Protocol):
-    """What of a plan these laws look at."""
-
-    @property
-    def codec(self) -> Codec:
-        """The codec of updates."""
-        ...
-
-    @property
-    def downlink(self) -> Codec:
-        """The codec of what the server sends."""
-        ...
-
-    @property
-    def method(self) -> Method:
-        """The rule in aggregation.merge."""
-        ...
-
-    @property
-    def channel(self) -> Channel | None:
-        """How the server sees sums alone; None where it sees each update."""
-        ...
-
-    @property
-    def spec(self) -> AdapterSpec:
-        """The adapter, at the server's rank."""
-        ...
-
-    @property
-    def ranks(self) -> frozenset[int]:
-        """Those that nodes may have."""
-        ...
-
-
-def summed(plan: Coding) -> str:
+def summed(plan: Plan) -> str:
     """Under masks only numbers that add up can travel."""
     if plan.channel is None or plan.codec.additive:
         return ""
@@ -54,7 +16,7 @@ def summed(plan: Coding) -> str:
     )
 
 
-def growing(plan: Coding) -> str:
+def growing(plan: Plan) -> str:
     """What a codec lost comes back, so it must lose less than it is given."""
     if not plan.codec.remembers or plan.codec.contracts:
         return ""
@@ -65,7 +27,7 @@ def growing(plan: Coding) -> str:
     )
 
 
-def moving(plan: Coding) -> str:
+def moving(plan: Plan) -> str:
     """What was lost must mean the same a round later."""
     if not plan.codec.remembers or plan.method.merge.gauge == "kept":
         return ""
@@ -76,7 +38,7 @@ def moving(plan: Coding) -> str:
     )
 
 
-def down(plan: Coding) -> str:
+def down(plan: Plan) -> str:
     """Deltas go down only where every node trains from the same adapter, and the merge only adds to it."""
     if plan.downlink.additive:
         return ""
@@ -88,6 +50,7 @@ def down(plan: Coding) -> str:
                 (bool(plan.channel), "secure sums", 'set federation.channel.kind = "plain"'),
                 (bool(plan.method.pruning), "nodes that lower their rank", "choose a rule without pruning"),
                 (not plan.ranks <= {greatest_rank(plan.spec)}, "nodes of unlike rank", "choose equal ranks"),
+                (plan.stage.turns > 1, "layers that take turns", "set aggregation.stages.turns=1"),
                 (plan.downlink.remembers, "error_feedback, which a delta is without it", "drop it"),
                 (
                     not plan.downlink.contracts,

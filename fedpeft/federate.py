@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft import checkpoint, events, journal, rounds
-from fedpeft.adapters import inexact
+from fedpeft.adapters import fixed, inexact
 from fedpeft.bounds import Bound, measure_bounds
 from fedpeft.config import RunConfig, to_flat
 from fedpeft.errors import CheckpointError, FedPeftError, QuorumError, RunFolderError, sentence
@@ -32,7 +32,9 @@ from fedpeft.locks import held
 from fedpeft.logs import one_line
 from fedpeft.models import AdaptedModel, save_adapter
 from fedpeft.privacy import ledger
+from fedpeft.report.history import history
 from fedpeft.report.page import write_report
+from fedpeft.report.traffic import summary
 from fedpeft.runs import RunFolder, create, write_folder, writing
 from fedpeft.sinks import Sinks, opened
 from fedpeft.training import use_threads
@@ -223,6 +225,7 @@ def _start_record(config: RunConfig, adapted: AdaptedModel, engine: str) -> dict
             "family": adapted.spec.family,
             "trainable_parameters": trained,
             "bytes": 4 * trained,
+            "dense_bytes": 4 * (adapted.spec.parameters - adapted.spec.only(fixed(adapted.spec)).parameters),
             "base_parameters": adapted.base_parameters,
             "base_bytes": 4 * adapted.base_parameters,
             "inexact": inexact(adapted.spec),
@@ -233,7 +236,8 @@ def _start_record(config: RunConfig, adapted: AdaptedModel, engine: str) -> dict
 
 
 def _end_record(path: Path, adapted: AdaptedModel, stopped: str, evaluation: dict[str, Any]) -> dict[str, Any]:
-    records = [record for record in journal.read(path) if record["event"] == "round"]
+    told = journal.read(path)
+    records = [record for record in told if record["event"] == "round"]
     trips = sum(len(record["cohort"]) + len(record["clients"]) for record in records)
     return {
         "event": "end",
@@ -244,6 +248,7 @@ def _end_record(path: Path, adapted: AdaptedModel, stopped: str, evaluation: dic
         "bytes_up": sum(record["bytes_up"] for record in records),
         "bytes_down": sum(record["bytes_down"] for record in records),
         "full_model_bytes": 4 * adapted.base_parameters * trips,
+        "traffic": summary(history(told)),
     }
 
 

@@ -30,7 +30,7 @@ def reply(
 ) -> tuple[Packet, Memory]:
     """The packet that carries the update of a client that is at `rank` now, and its memory after it."""
     codec = strategy.codec
-    if codec.exact:
+    if codec.exact or update.silent:
         return fit_reply(strategy, update, manifest, rank), memory
     owed = {
         key: fit(memory.tensors[f"{RESIDUAL}{key}"], value.shape)

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedpeft.adapters import at_rank, greatest_rank
@@ -15,6 +15,7 @@ from fedpeft.quarantine import FAILED, REFUSED
 from fedpeft.randomness import rng
 from fedpeft.ranks import RankRule, said_in
 from fedpeft.requests import describe_request, fit_request
+from fedpeft.seen import Record, Seen
 from fedpeft.strategy import Strategy
 from fedpeft.updates import ServerState, Update
 from fedpeft.wire import (
@@ -29,8 +30,6 @@ from fedpeft.wire import (
     require_manifest,
     require_norm,
 )
-
-Record = dict[str, Any]
 
 LATE_SHARE = 2**-0.5
 """What an update of the round before weighs: (1 + staleness) to the power of −1/2, as in FedBuff.
@@ -78,25 +77,6 @@ class Asking:
     def streams(self) -> bool:
         """Whether updates can be folded while others are awaited, because nothing is asked twice or in vain."""
         return not (self.spare or self.retries or self.carry)
-
-
-@dataclass
-class Seen:
-    """What the replies of one round tell the journal, gathered as they come.
-
-    `ranks` are those of the partitions that were asked, `awaited` those of whom an answer may still come, `sent`
-    the bytes that went to each, `waited` the seconds spent waiting, and `phases` those that each node tells of.
-    """
-
-    cohort: list[int] = field(default_factory=list)
-    clients: list[Record] = field(default_factory=list)
-    failures: list[Record] = field(default_factory=list)
-    surplus: list[int] = field(default_factory=list)
-    ranks: dict[int, int] = field(default_factory=dict)
-    awaited: dict[int, int] = field(default_factory=dict)
-    sent: dict[int, int] = field(default_factory=dict)
-    waited: float = 0.0
-    phases: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -232,6 +212,7 @@ def _carried(one: Round) -> Iterator[tuple[int, Update]]:
             continue
         update = _usable(one, partition, rank, reply, one.state.round)
         if isinstance(update, Failure):
+            one.seen.hears(partition, reply)
             failed(one, partition, replace(update, reason=f"late: {update.reason}"))
         else:
             one.seen.clients.append({**client_record(partition, reply, update), "late": True})
@@ -270,8 +251,7 @@ def requests_of(one: Round, partitions: Iterable[int]) -> dict[int, Packet]:
     ranks = _ranks(one, asked)
     one.seen.ranks |= ranks
     found = {p: fit_request(one.strategy, one.state, one.session, p, rank) for p, rank in ranks.items()}
-    for partition, request in found.items():
-        one.seen.sent[partition] = one.seen.sent.get(partition, 0) + request.size_bytes
+    one.seen.sends(found)
     return found
 
 
@@ -282,7 +262,9 @@ def _ranks(one: Round, cohort: tuple[int, ...]) -> dict[int, int]:
         return {partition: rule.rank(partition, {}) for partition in cohort}
     found = {}
     asked = dict.fromkeys(cohort, describe_request(one.state, one.session))
+    one.seen.sends(asked)
     for partition, reply in in_order(one.transport.exchange(asked, one.asking.deadline_seconds), cohort):
+        one.seen.hears(partition, reply)
         failure = excuse_in(reply)
         try:
             if failure is None and isinstance(reply, Packet):
@@ -338,6 +320,7 @@ def _noted(one: Round, partition: int, reply: Packet | Failure) -> Update | None
     """The update in a reply, on record; None for a failure, which is on record too."""
     update = _usable(one, partition, one.seen.ranks[partition], reply, one.number)
     if isinstance(update, Failure) or isinstance(reply, Failure):
+        one.seen.hears(partition, reply)
         failed(one, partition, update if isinstance(update, Failure) else Failure(""))
         return None
     one.seen.clients.append(client_record(partition, reply, update))

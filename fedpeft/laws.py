@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable
 
 from fedpeft import codec_laws
 from fedpeft.adapters import KINDS, AdapterSpec, greatest_rank, low_rank_modules
-from fedpeft.codecs import Codec, dense
 from fedpeft.errors import PlanError
 from fedpeft.merges import WEIGHTS, Method
-from fedpeft.optimizers import Optimizer
-from fedpeft.privacy import EXAMPLE, Channel, Mechanism
-from fedpeft.stages import Stage, chain
+from fedpeft.plans import Law, Plan
+from fedpeft.privacy import EXAMPLE
+from fedpeft.stages import chain, layers_of
 from fedpeft.strategy import Parts, stage_of
-
-
-class Plan(NamedTuple):
-    """All that the laws look at."""
-
-    stage: Stage
-    codec: Codec
-    method: Method
-    optimizer: Optimizer
-    spec: AdapterSpec
-    ranks: frozenset[int]
-    updates: int
-    controls: bool
-    carries: bool = False
-    spare: bool = False
-    mechanism: Mechanism | None = None
-    channel: Channel | None = None
-    downlink: Codec = dense()
-
-
-class Law(NamedTuple):
-    """A reason why a plan cannot run: `broken(plan)` is the sentence, or empty."""
-
-    name: str
-    broken: Callable[[Plan], str]
 
 
 def check(
@@ -91,7 +64,7 @@ def _of_its_kind(plan: Plan) -> str:
 
 def _frozen_and_local(plan: Plan) -> str:
     both = sorted(
-        {key for r in (1, 2) for key in plan.stage.frozen(plan.spec, r)} & set(plan.stage.local(plan.spec, 1))
+        {key for r in plan.rounds for key in plan.stage.frozen(plan.spec, r)} & set(plan.stage.local(plan.spec, 1))
     )
     if not both:
         return ""
@@ -102,13 +75,13 @@ def _frozen_and_local(plan: Plan) -> str:
 
 
 def _nothing_trained(plan: Plan) -> str:
-    if all(set(plan.stage.frozen(plan.spec, round_)) != set(plan.spec.shapes) for round_ in (1, 2)):
+    if all(set(plan.stage.frozen(plan.spec, round_)) != set(plan.spec.shapes) for round_ in plan.rounds):
         return ""
     return "aggregation.stages.frozen: expected some tensor left to train, found all frozen; shorten the list."
 
 
 def _nothing_shared(plan: Plan) -> str:
-    if all(plan.stage.shared(plan.spec, round_).shapes for round_ in (1, 2)):
+    if all(plan.stage.shared(plan.spec, round_).shapes for round_ in plan.rounds):
         return ""
     return (
         "aggregation.stages: expected some tensor left to share, found every one frozen or local; "
@@ -141,9 +114,12 @@ def _whole_modules(plan: Plan) -> str:
 
 
 def _coupled(plan: Plan) -> str:
-    kept = {key for r in (1, 2) for key in plan.stage.frozen(plan.spec, r)} | set(plan.stage.local(plan.spec, 1))
+    kept = [{*plan.stage.frozen(plan.spec, r), *plan.stage.local(plan.spec, r)} for r in plan.rounds]
     for module in plan.spec.modules:
-        found = [name for name in KINDS[module.kind].coupled if f"{module.path}.{name}" in kept]
+        coupled = KINDS[module.kind].coupled
+        still = [[name for name in coupled if f"{module.path}.{name}" in keys] for keys in kept]
+        # A module may stand still as a whole while it waits for its turn, but never in every round.
+        found = next((names for names in still if names and (len(names) < len(coupled) or all(still))), None)
         if found:
             return (
                 f"aggregation.stages: expected {' and '.join(KINDS[module.kind].coupled)} of {module.kind} modules "
@@ -231,7 +207,7 @@ def _enough_updates(plan: Plan) -> str:
 def _carried(plan: Plan) -> str:
     if not plan.carries:
         return ""
-    turns = plan.stage.frozen(plan.spec, 1) != plan.stage.frozen(plan.spec, 2)
+    turns = plan.stage.period > 1
     odd = next(
         (
             reason
@@ -304,7 +280,7 @@ def _no_plain_sum(plan: Plan) -> str:
 def _private_turns(plan: Plan) -> str:
     if plan.mechanism is None or plan.mechanism.turns:
         return ""
-    if plan.stage.frozen(plan.spec, 1) == plan.stage.frozen(plan.spec, 2):
+    if plan.stage.period == 1:
         return ""
     return (
         "privacy.central.bands: expected the same tensors in every round, because noise is taken back in later ones, "
@@ -333,8 +309,66 @@ def _private_beside(plan: Plan) -> str:
     return ""
 
 
+def _every_layer(plan: Plan) -> str:
+    turns, layers = plan.stage.turns, len(layers_of(plan.spec))
+    if turns > max(layers, 1):
+        return (
+            f"aggregation.stages.turns: expected no more groups than the {layers} layers that the adapter is on, "
+            f"because a group without a layer learns nothing, found {turns}; lower it to {max(layers, 1)}."
+        )
+    if turns % 2 == 0 and plan.method.alternating:
+        return (
+            "aggregation.stages.turns: expected an odd number beside a rule whose factors take turns of two rounds, "
+            f"because some factors would never have theirs, found {turns}; set turns={turns + 1}, or choose fedavg."
+        )
+    return ""
+
+
+_SILENCE = "let every site speak"
+
+
+def _turns_at_one_rank(plan: Plan) -> str:
+    cap = greatest_rank(plan.spec)
+    if plan.stage.turns == 1 or (plan.ranks <= {cap} and not plan.method.pruning):
+        return ""
+    found = (
+        "a rule by which nodes lower it" if plan.method.pruning else f"ranks {', '.join(map(str, sorted(plan.ranks)))}"
+    )
+    return (
+        "aggregation.stages.turns: expected nodes that keep the server's rank, because they keep layers that wait for "
+        f"their turn, found {found}; choose equal ranks and fedavg, or set turns=1."
+    )
+
+
+def _nothing_said(plan: Plan) -> str:
+    if not plan.stage.silent:
+        return ""
+    found, remedy = next(
+        (
+            (found, remedy)
+            for holds, found, remedy in (
+                (not plan.method.merge.mean, "a rule that makes more of updates than their mean", "choose fedavg"),
+                (plan.controls, "control variates, which travel beside updates", "set training.scaffold=false"),
+                (bool(plan.method.pruning), "nodes that lower their rank", "choose a rule without pruning"),
+                (plan.channel is not None, "secure sums, in which every update is as long as every other", _SILENCE),
+                (plan.mechanism is not None, "a private run, which silence would tell of", _SILENCE),
+            )
+            if holds
+        ),
+        ("", ""),
+    )
+    if not found:
+        return ""
+    return (
+        "aggregation.stages.silent_below: expected a plan in which a zero may stand for an update that comes later, "
+        f"found {found}; {remedy}, or set aggregation.stages.silent_below=0."
+    )
+
+
 LAWS = (
     Law("the rule is for this kind of adapter", _of_its_kind),
+    Law("each group of layers that take turns has one", _every_layer),
+    Law("layers take turns among nodes of one rank", _turns_at_one_rank),
     Law("a tensor is frozen or local, never both", _frozen_and_local),
     Law("something is trained", _nothing_trained),
     Law("something is shared", _nothing_shared),
@@ -354,6 +388,7 @@ LAWS = (
     Law("error feedback goes with a rule that keeps coordinates", codec_laws.moving),
     Law("what goes down coded goes with means, equal ranks and codecs that contract", codec_laws.down),
     Law("noise that is taken back goes with tensors that are always trained", _private_turns),
+    Law("a site may say nothing where a plain mean sees each update", _nothing_said),
     Law("nothing travels beside an update that carries its own noise", _private_beside),
 )
 """Every reason why a plan is refused before its first round."""

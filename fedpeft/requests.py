@@ -1,14 +1,17 @@
 """What goes down to a node: as much of the adapter, of the residual and of the control variate as it lacks.
 
 A node of smaller rank is sent the leading rows and columns. What never changes, and what stays with the node, is
-sent once; of the residual beside the base, only the columns since it was last heard of.
+sent once; of the residual beside the base, only the columns since it was last heard of; and of layers that take turns,
+those that have had a turn since then.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from fedpeft import residuals
 from fedpeft.adapters import AdapterSpec, AdapterState, Tensors, at_rank, greatest_rank, resized
@@ -19,8 +22,9 @@ from fedpeft.strategy import Strategy
 from fedpeft.updates import Memory, ServerState
 from fedpeft.wire import Packet, Scalar, Session, shown
 
-CONSTANT, RESIDUAL, SENT = "constant/", "residual/", "sent/"
-"""What a memory's keys begin with where it keeps tensors that never change, the residual, and what was sent last."""
+CONSTANT, RESIDUAL, SENT, HELD = "constant/", "residual/", "sent/", "held/"
+"""What a memory's keys begin with where it keeps what never changes, the residual, what was sent last, and layers that
+take turns."""
 
 _RANKS = re.compile(r"(\d{1,20}(,\d{1,20})*)?", re.ASCII)
 _EXACT = dense()
@@ -60,7 +64,8 @@ def read_request(packet: Packet, strategy: Strategy, spec: AdapterSpec, memory: 
     """
     own = at_rank(spec, _rank(packet, spec))
     known = packet.manifest.get("known") is True
-    travelling = _travelling(strategy, own, known=known)
+    since, upto = _since(packet), _round_of(packet)
+    travelling = _travelling(strategy, own, known=known, still=_still(strategy, own, since, upto))
     start, end = (_ranks(packet, key) for key in ("residual.from", "residual.to"))
     columns = residuals.specification(spec, _less(end, start, spec)) if end else None
     control = strategy.stage.shared(own, int(packet.manifest["round"])) if strategy.controls else None
@@ -89,6 +94,10 @@ def read_request(packet: Packet, strategy: Strategy, spec: AdapterSpec, memory: 
     if not strategy.downlink.additive:
         last = {f"{SENT}{key}": tensors[key] for key in strategy.travelling(own).shapes}
         kept = Memory({**kept.tensors, **last}, {**kept.fields, "sent": _round_of(packet)})
+    tensors = {**_waiting(strategy, own, since, upto, memory), **tensors}
+    if strategy.stage.turns > 1:
+        waiting = {f"{HELD}{key}": value for key, value in tensors.items()}
+        kept = Memory({**_without(kept.tensors, HELD), **waiting}, {**kept.fields, "held": upto})
     adapter = {**tensors, **_constants(strategy, own, kept, place, known=known)}
     adapter |= _own(strategy, own, kept, int(packet.manifest["round"]))
     if columns:
@@ -107,10 +116,12 @@ def _request(
     spec = at_rank(state.adapter.spec, rank)
     holding = state.holdings.get(partition)
     known = holding is not None and holding.rank >= greatest_rank(spec)
-    travelling = _travelling(strategy, spec, known=known)
+    since = holding.round if holding and known and strategy.stage.turns > 1 else None
+    travelling = _travelling(strategy, spec, known=known, still=_still(strategy, spec, since, state.round))
     holds_last = known and holding is not None and holding.round == state.round - 1 and state.sent.delta != b""
     body = [state.sent.delta if holds_last else _EXACT.encode(resized(as_sent(state).tensors, travelling), travelling)]
     fields: dict[str, Scalar] = {**manifest, "rank": greatest_rank(spec), "known": known}
+    fields |= {} if since is None else {"since": since}
     if holds_last:
         fields["held"] = state.round - 1
     if state.adapter.residual:
@@ -127,9 +138,59 @@ def _request(
     return Packet(kind, fields, b"".join(body))
 
 
-def _travelling(strategy: Strategy, spec: AdapterSpec, *, known: bool) -> AdapterSpec:
+def _travelling(strategy: Strategy, spec: AdapterSpec, *, known: bool, still: Collection[str]) -> AdapterSpec:
     """What of the adapter goes down: all of it to a node that is not known to have anything."""
-    return strategy.travelling(spec) if known else spec
+    if not known:
+        return spec
+    changed = strategy.travelling(spec)
+    return changed.only(key for key in changed.shapes if key not in still)
+
+
+def _still(strategy: Strategy, spec: AdapterSpec, since: int | None, upto: int) -> frozenset[str]:
+    """The tensors that no round after `since` up to `upto` has changed; none where nothing is known (None)."""
+    if since is None:
+        return frozenset()
+    rounds = range(since + 1, min(upto, since + strategy.stage.period) + 1)
+    changed = {key for round_ in rounds for key in strategy.stage.shared(spec, round_).shapes}
+    return frozenset(spec.shapes) - changed
+
+
+def _waiting(
+    strategy: Strategy, spec: AdapterSpec, since: int | None, upto: int, memory: Memory
+) -> dict[str, np.ndarray]:
+    """The tensors that did not change since the node was last heard of, out of its memory.
+
+    Raises:
+        PacketError: the request counts on another round than that of which the node has them.
+    """
+    kept = {*strategy.stage.constant(spec), *strategy.stage.local(spec, 1)}
+    wanted = [key for key in _still(strategy, spec, since, upto) if key not in kept]
+    found = {key: memory.tensors[f"{HELD}{key}"] for key in wanted if f"{HELD}{key}" in memory.tensors}
+    if since is not None and (memory.fields.get("held") != since or len(found) < len(wanted)):
+        raise PacketError(
+            sentence(
+                "request, layers that take turns",
+                expected=f"those of round {since} in this node's memory",
+                found=f"those of round {memory.fields.get('held')}",
+                remedy="ask again; all of them will be sent",
+            )
+        )
+    return found
+
+
+def _since(packet: Packet) -> int | None:
+    """After which round the server last heard of this node; None where it does not count on that."""
+    since, round_ = packet.manifest.get("since"), int(packet.manifest["round"])
+    if since is not None and (isinstance(since, bool) or not isinstance(since, int) or not 0 <= since <= round_):
+        raise PacketError(
+            sentence(
+                f"{packet.kind} request, since",
+                expected=f"an integer from 0 to {round_}",
+                found=shown(since),
+                remedy="run the same version on both sides",
+            )
+        )
+    return since
 
 
 def _remembered(strategy: Strategy, spec: AdapterSpec, tensors: Tensors, memory: Memory, *, known: bool) -> Memory:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from fedpeft import residuals
 from fedpeft.adapters import AdapterState, greatest_rank
 from fedpeft.errors import FedPeftError, QuorumError, sentence
-from fedpeft.gathering import Asking, Record, Round, Seen, cohort_of, in_order, updates_of
+from fedpeft.gathering import Asking, Round, cohort_of, in_order, updates_of
 from fedpeft.quarantine import Budget, Offence, noted, quarantined
 from fedpeft.requests import evaluate_request
 from fedpeft.secure_rounds import summed
+from fedpeft.seen import Counted, Record, Seen
 from fedpeft.strategy import Measures, Strategy
 from fedpeft.updates import Holding, ServerState, Spent, Update
 from fedpeft.wire import MOST_EXAMPLES, Failure, Packet, Session, Transport, read_metrics, require_manifest
@@ -81,6 +82,7 @@ def step(
     seen.clients.sort(key=lambda client: client["partition"])
     for client in seen.clients:
         client["bytes_down"] = seen.sent.get(client["partition"], 0)
+        client["bytes_up"] += seen.said.pop(client["partition"], 0)
     examples = sum(client["examples"] for client in seen.clients)
     record: Record = {
         "event": "round",
@@ -92,8 +94,9 @@ def step(
         if examples
         else math.nan,
         "learning_rate": seen.clients[0].get("learning_rate") if seen.clients else None,
-        "bytes_up": sum(client["bytes_up"] for client in seen.clients),
+        "bytes_up": sum(client["bytes_up"] for client in seen.clients) + sum(seen.said.values()),
         "bytes_down": sum(seen.sent.values()),
+        "exchanges": seen.exchanges,
         "seconds": {
             **{"total": total, "exchange": seen.waited, "merge": total - seen.waited, "evaluate": 0.0},
             "nodes": {str(partition): phases for partition, phases in sorted(seen.phases.items()) if phases},
@@ -128,7 +131,9 @@ def run(
             record["evaluation"] = evaluate(strategy.finalize(state))
             state = _watch(plan, state, record["evaluation"][plan.metric])
         if plan.evaluate_on_clients:
-            record["client_evaluation"] = evaluate_on_clients(strategy, plan, state, transport, _took_part(record))
+            counted = Counted(transport)
+            record["client_evaluation"] = evaluate_on_clients(strategy, plan, state, counted, _took_part(record))
+            record["evaluation_bytes"] = {"down": counted.down, "up": counted.up}
         record["seconds"]["evaluate"] = time.perf_counter() - started
         record["seconds"]["total"] += record["seconds"]["evaluate"]
         observer.round(record, state)

@@ -70,6 +70,7 @@ def summed(one: Round) -> Iterator[Update]:
     for partition, reason in found.refused:
         failed(one, partition, Failure(reason, REFUSED))
     present = {partition: told[partition] for partition in found.survivors}
+    one.seen.said |= {partition: client.sent for partition, client in told.items() if partition not in present}
     for partition, client in present.items():
         record = client_record(partition, client.reply, client.update)
         one.seen.clients.append({**record, "bytes_up": client.sent})
@@ -108,8 +109,7 @@ def _terms(one: Round, channel: Channel, attempt: int, clients: int, length: int
 def _asked(one: Round, phase: str, outbox: Outbox, told: dict[int, _Told]) -> Iterator[tuple[int, bytes]]:
     manifest = {**one.session.manifest(one.number), PHASE_FIELD: phase}
     requests = {partition: Packet("secure", manifest, body) for partition, body in outbox.items()}
-    for partition, request in requests.items():
-        one.seen.sent[partition] = one.seen.sent.get(partition, 0) + request.size_bytes
+    one.seen.sends(requests)
     return _replies(one, requests, phase, told)
 
 

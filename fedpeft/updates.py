@@ -16,7 +16,8 @@ class Update:
 
     `delta` holds the tensors of `spec`. `examples` and `tokens` are what it was trained on; `count` is how
     many clients it stands for, and `share` is multiplied with whatever it weighs. `metrics` are for people, never for
-    the algebra. `control` is how the client's control variate moved, where the federation keeps them.
+    the algebra. `control` is how the client's control variate moved, where the federation keeps them. A `silent`
+    update is zero and takes no bytes.
     """
 
     spec: AdapterSpec
@@ -27,6 +28,7 @@ class Update:
     metrics: Mapping[str, float] = field(default_factory=dict)
     control: Tensors = field(default_factory=dict)
     share: float = 1.0
+    silent: bool = False
 
 
 @dataclass(frozen=True)

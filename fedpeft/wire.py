@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
+
 from fedpeft.adapters import AdapterSpec, Tensors, at_rank, greatest_rank, norm
 from fedpeft.codecs import dense
 from fedpeft.errors import PacketError, sentence
@@ -112,7 +114,7 @@ class Transport(Protocol):
 def encoded(strategy: Strategy, update: Update, manifest: Mapping[str, Scalar]) -> bytes:
     """The update's delta as it travels, rounded by draws that belong to this client and this round."""
     random = rng(strategy.seed, int(manifest["round"]), int(manifest["partition"]), "codec")
-    return strategy.codec.encode(update.delta, update.spec, random)
+    return b"" if update.silent else strategy.codec.encode(update.delta, update.spec, random)
 
 
 def fit_reply(
@@ -155,7 +157,9 @@ def read_update(packet: Packet, strategy: Strategy, spec: AdapterSpec, expected:
             )
         )
     own = len(packet.body) - control
-    delta = strategy.codec.decode(packet.body[:own], shared)
+    silent = strategy.stage.silent and not packet.body
+    none = {key: np.zeros(shape, np.float32) for key, shape in shared.shapes.items()}
+    delta = none if silent else strategy.codec.decode(packet.body[:own], shared)
     shared.require(delta, place)
     _require_magnitude(delta, place)
     variate = _EXACT.decode(packet.body[own:], shared) if strategy.controls else {}
@@ -169,6 +173,7 @@ def read_update(packet: Packet, strategy: Strategy, spec: AdapterSpec, expected:
         tokens=_count(packet.manifest, "tokens", place, MOST_EXAMPLES),
         metrics=metrics,
         control=variate,
+        silent=silent,
     )
 
 

@@ -267,6 +267,17 @@ def test_a_check_tells_of_a_sink_whose_library_is_missing(
     }
 
 
+def test_a_check_of_layers_that_take_turns_tells_least_most_and_mean(
+    tiny_model: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    config = tiny.run_config(tiny_model, tiny_rows, tmp_path, aggregation={"stages": {"turns": 3}}, seed=11)
+    layers = (ModuleSpec(f"layer.{n}", "lora", 3, 1.0, (("A", (3, 10)), ("B", (n, 3)))) for n in (2, 4, 6))
+    told = dict(traffic(config, AdapterSpec("base", "lora", tuple(layers))))
+    # The layers are 30 numbers and 6, 12 or 18 more: 144, 168 and 192 B up, 504 B down at most.
+    assert told["a client receives"] == "at most 504 B a round"
+    assert told["a client sends"] == "144 B to 192 B a round, 168 B in the mean"
+
+
 def test_a_check_of_a_rule_that_alternates_tells_both_rounds(tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> None:
     config = tiny.run_config(tiny_model, tiny_rows, tmp_path, aggregation={"merge": {"rule": "rolora"}}, seed=11)
     module = ModuleSpec("q", "lora", 3, 1.0, (("A", (3, 10)), ("B", (6, 3))))

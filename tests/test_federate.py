@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from fedpeft.federate import Watcher, federate, silent
 from fedpeft.locks import held
 from fedpeft.models import install
 from fedpeft.runs import folder_for, reopen
+from fedpeft.stages import layers_of
 from tests import tiny
 from tests.tiny import FAMILIES, logits, transport
 
@@ -199,6 +201,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("lora", {"aggregation": {"stages": {"local": ["classifier.*"]}}}),
     ("lora", {"aggregation": {"stages": {"frozen": ["*.A"]}}}),
     ("ia3", {"aggregation": {"stages": {"local": ["*.key.l"], "frozen": ["classifier.bias"], "clip_norm": 0.05}}}),
+    ("lora", {"aggregation": {"stages": {"turns": 2, "silent_below": 2.0, "silent_rounds": 1}}}),
     ("lora", {**merged_by("flora", budget=4), "federation": UNLIKE}),
     ("lora", {**merged_by("fedex"), "federation": UNLIKE}),
     ("lora", {**merged_by("ffa_lora"), "federation": UNLIKE}),
@@ -357,6 +360,21 @@ def test_local_tensors_never_reach_the_server(config: Callable[..., RunConfig]) 
     assert clients[-1]["loss"] != pytest.approx(servers[-1]["loss"], rel=1e-3)
     everything = journal.read(begun(config("all"), cut_at(1)) / "journal.jsonl")
     assert records[1]["bytes_up"] == everything[1]["bytes_up"] - 2 * 4 * (3 * 16 + 3)
+
+
+def test_layers_move_in_their_turn_alone(config: Callable[..., RunConfig]) -> None:
+    made = config(aggregation={"stages": {"turns": 2}}, rounds=2)
+    root = begun(made, cut_at(1))
+    first = checkpoint.load(root / "checkpoint").adapter
+    gone_on(root, cut_at(2))
+    states = [adapted_model(made).initial.tensors, first.tensors, checkpoint.load(root / "checkpoint").adapter.tensors]
+    for number, turn in enumerate(layers_of(first.spec)):
+        for key in first.spec.shapes:
+            moved = [not np.array_equal(before[key], after[key]) for before, after in itertools.pairwise(states)]
+            if key.startswith(f"{turn}."):
+                assert moved == [number == 0, number == 1], key
+            elif key.startswith("classifier"):
+                assert moved == [True, True], key
 
 
 def test_frozen_tensors_never_move(config: Callable[..., RunConfig]) -> None:

@@ -68,6 +68,19 @@ def test_every_codec_of_the_settings_brings_an_update_to_the_server_in_the_bytes
     assert error < 1.2
 
 
+def test_of_a_client_that_says_nothing_nothing_is_coded_and_nothing_counts_as_lost() -> None:
+    chosen = strategy(coded(top_k(0.1), remembers=True))
+    spoken, kept, _ = answered(chosen.codec, START)
+    whole = answered(coded(), START)[2]
+    quiet = replace(whole, delta={key: np.zeros_like(value) for key, value in whole.delta.items()}, silent=True)
+    manifest = {**WIDE_SESSION.manifest(2), "partition": 0}
+    packet, memory = feedback.reply(chosen, quiet, kept, manifest, 2)
+    assert spoken.body
+    assert packet.body == b""
+    assert feedback.ERROR not in packet.manifest
+    assert memory is kept
+
+
 def test_an_exact_codec_reports_no_error() -> None:
     assert feedback.ERROR not in answered(coded(entropy=zstd(3)), START)[2].metrics
 

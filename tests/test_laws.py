@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from fedpeft.laws import LAWS, check
 from fedpeft.merges import Pruning, rule
 from fedpeft.optimizers import momentum, sgd
 from fedpeft.privacy import ClientNoise, Population
-from fedpeft.stages import Stage, alternate, chain, freeze, identity, keep_local
+from fedpeft.stages import Stage, alternate, chain, freeze, identity, keep_local, keep_silent, take_turns
 from fedpeft.strategy import Parts, build
 from fedpeft.updates import Update
 from tests.toys import SPEC, WIDE, parts
@@ -36,6 +37,17 @@ SQUARE = AdapterSpec(
     ),
 )
 DORA = AdapterSpec("base", "lora", (ModuleSpec("layer", "dora", 2, 1.0, (("A", (2, 3)), ("B", (3, 2)), ("g", (3,)))),))
+LAYERED, TWO_KINDS = (
+    AdapterSpec(
+        "base",
+        "lora",
+        tuple(
+            ModuleSpec(f"layer.{number}", kind, 1, 1.0, (("A", (1, 2)), ("B", (2, 1)), *more))
+            for number, (kind, more) in enumerate([("lora", ()), ("lora", ()), last])
+        ),
+    )
+    for last in (("lora", ()), ("dora", (("g", (2,)),)))
+)
 FREE = rule("examples", gauge="free")
 CHANNEL = CHANNELS.members["secure"]().build()
 
@@ -66,6 +78,53 @@ BROKEN: list[tuple[Parts, dict[str, Any], str, str]] = [
         "found layer.B in both",
     ),
     (preset("fedsa_lora", freeze(["*.B"])), {}, "a tensor is frozen or local, never both", "found layer.B in both"),
+    *(
+        (one, {"spec": LAYERED}, "each group of layers that take turns has one", words)
+        for one, words in (
+            (made(take_turns(4)), "than the 3 layers .* found 4; lower it to 3"),
+            (preset("rolora", take_turns(2)), "expected an odd number .* set turns=3"),
+        )
+    ),
+    (
+        made(take_turns(2)),
+        {"spec": LAYERED, "ranks": (0, 2)},
+        "layers take turns among nodes of one rank",
+        "found ranks 2; choose equal ranks",
+    ),
+    (
+        preset("hetlora", take_turns(2)),
+        {"spec": LAYERED},
+        "layers take turns among nodes of one rank",
+        "found a rule by which nodes lower it",
+    ),
+    (made(take_turns(2)), {}, "each group of layers that take turns has one", "than the 0 layers"),
+    (
+        preset("flexlora", take_turns(2)),
+        {"spec": LAYERED},
+        "a rule that makes new factors needs both of them",
+        "frozen",
+    ),
+    *(
+        (
+            one,
+            {"updates": 9},
+            "a site may say nothing where a plain mean sees each update",
+            f"aggregation.stages.silent_below: .*found {words}",
+        )
+        for one, words in (
+            (preset("median", keep_silent(0.5, 3)), "a rule that makes more of updates than their mean"),
+            (preset("flexlora", keep_silent(0.5, 3)), "a rule that makes more of updates than their mean"),
+            (made(keep_silent(0.5, 3), controls=3), "control variates"),
+            (replace(made(keep_silent(0.5, 3), merge=rule("uniform")), channel=CHANNEL), "secure sums"),
+            (
+                replace(
+                    made(keep_silent(0.5, 3), merge=rule("uniform")),
+                    mechanism=PRIVACY.members["local"](noise_multiplier=1.0).build(Population(100, 20)),
+                ),
+                "a private run",
+            ),
+        )
+    ),
     (made(freeze(["*"])), {}, "something is trained", "found all frozen"),
     (made(alternate(["head.*"], ["*"])), {}, "something is trained", "found all frozen"),
     (preset("ffa_lora", freeze(["head.*", "*.B"])), {}, "something is trained", "found all frozen"),
@@ -237,6 +296,7 @@ BROKEN: list[tuple[Parts, dict[str, Any], str, str]] = [
             (replace(preset("fedavg", weights="uniform"), channel=CHANNEL), None, False, {}, "found secure sums"),
             (replace(made(), method=replace(made().method, pruning=Pruning(0.5, 0.1))), None, False, {}, "lower their"),
             (made(), None, False, {"spec": WIDE, "ranks": (2, 4)}, "found nodes of unlike rank; choose equal ranks"),
+            (made(take_turns(3)), None, False, {"spec": LAYERED}, "found layers that take turns"),
             (made(), None, True, {}, "found error_feedback"),
             (made(), steps(4, 64, "nearest"), False, {}, "found one that may lose more"),
         )
@@ -305,6 +365,9 @@ def test_the_law_that_a_plan_breaks_is_the_one_that_says_so(
         (made(chain(freeze(["head.*"]), keep_local(["*.A"]))), {}),
         (made(alternate(["*.A"], ["*.B"])), {}),
         (made(merge=FREE), {}),
+        *((made(take_turns(groups)), {"spec": spec}) for groups in (2, 3) for spec in (LAYERED, TWO_KINDS)),
+        (preset("rolora", chain(take_turns(3), keep_silent(0.5, 3))), {"spec": LAYERED}),
+        (made(keep_silent(0.5, 3)), {"spec": WIDE, "ranks": (1, 4)}),
         (made(controls=3), {"spec": WIDE, "ranks": (2,)}),
         (made(controls=3), {"spec": WIDE, "ranks": (0,)}),
         (replace(preset("fedex"), optimizer=momentum(1.0, 0.9, "sum")), {}),
@@ -337,6 +400,26 @@ def test_a_sound_plan_passes(plan: Parts, more: dict[str, Any]) -> None:
 def test_every_preset_passes_with_its_defaults(name: str) -> None:
     spec = SQUARE if preset(name).method.kinds == ("lora_sb",) else WIDE
     check(preset(name), spec, (), 7)
+
+
+def goes(stage: Stage, name: str) -> bool:
+    method = preset(name, weights="uniform").method
+    kind = (*method.kinds, "lora")[0]
+    square = (("R", (1, 1)),) if kind == "lora_sb" else ()
+    layers = (ModuleSpec(f"layer.{n}", kind, 1, 1.0, (("A", (1, 2)), ("B", (2, 1)), *square)) for n in range(3))
+    try:
+        check(preset(name, stage, weights="uniform"), AdapterSpec("base", kind, tuple(layers)), updates=20)
+    except PlanError:
+        return False
+    return True
+
+
+def test_rules_that_send_less_by_turns_or_by_silence_are_those_that_are_said_to() -> None:
+    page = (Path(__file__).parents[1] / "docs/sending-less.md").read_text(encoding="utf-8")
+    for setting, stage in (("turns", take_turns(3)), ("silent_below", keep_silent(0.5, 3))):
+        row = next(line for line in page.splitlines() if line.startswith(f"| `aggregation.stages.{setting}"))
+        told = set(re.findall("`([a-z_]+)`", row.split("|")[3]))
+        assert told == {name for name in MERGES.members if goes(stage, name)}
 
 
 @pytest.mark.parametrize("default", [1, 2, 4])

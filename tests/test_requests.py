@@ -12,16 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft import checkpoint, residuals
-from fedpeft.adapters import Factors, at_rank, resized
+from fedpeft.adapters import AdapterSpec, AdapterState, Factors, ModuleSpec, at_rank, resized
 from fedpeft.client import handle
 from fedpeft.errors import AdapterError, FedPeftError, PacketError
 from fedpeft.requests import Received, describe_request, evaluate_request, fit_request, read_request
-from fedpeft.stages import Stage, alternate, freeze, keep_local
+from fedpeft.stages import Stage, alternate, freeze, keep_local, take_turns
 from fedpeft.strategy import Strategy, build
 from fedpeft.updates import Drift, Holding, Memory, ServerState
 from fedpeft.version import VERSION
 from fedpeft.wire import Packet
 from tests.toys import (
+    RUN,
     SESSION,
     SPEC,
     WIDE,
@@ -511,3 +512,73 @@ def test_a_drift_without_the_ranks_of_a_round_sends_everything() -> None:
     held = grown(hears(grown(wide_state())))
     forgotten = replace(held, drift=Drift(held.drift.epoch, {held.round: held.drift.ranks[held.round]}))
     assert request(forgotten).manifest["residual.from"] == "0,0"
+
+
+# Layers that take turns.
+
+LAYERED = AdapterSpec(
+    "base",
+    "lora",
+    (
+        ModuleSpec("head", "full", 0, 1.0, (("weight", (1,)),)),
+        *(ModuleSpec(f"layer.{n}.q", "lora", 1, 1.0, (("A", (1, 2)), ("B", (3, 1)))) for n in range(3)),
+    ),
+)
+TURNS = strategy(take_turns(3))
+
+
+def turned(held: ServerState) -> ServerState:
+    """The state after one more round, in which what has its turn moves by 1."""
+    moved = TURNS.stage.shared(LAYERED, held.round + 1).shapes
+    tensors = {key: value + 1 if key in moved else value for key, value in held.adapter.tensors.items()}
+    return replace(held, round=held.round + 1, adapter=replace(held.adapter, tensors=tensors))
+
+
+def layered(round_: int = 0, **more: Any) -> ServerState:
+    held = ServerState(RUN, 0, 0, AdapterState(LAYERED, counted(1, LAYERED)), **more)
+    for _ in range(round_):
+        held = turned(held)
+    return held
+
+
+@pytest.mark.parametrize(("since", "layers"), [(5, 0), (4, 1), (3, 2), (2, 3), (0, 3)])
+def test_only_layers_that_had_a_turn_since_a_node_was_heard_of_go_down(since: int, layers: int) -> None:
+    held = layered(5)
+    packet = request(replace(held, holdings=known(1, since)), TURNS)
+    assert packet.manifest["since"] == since
+    # Each layer has 2 + 3 numbers; the head moves in every round.
+    assert len(packet.body) == 4 * ((1 if layers else 0) + 5 * layers)
+    assert len(request(held, TURNS).body) == 4 * (1 + 5 * 3)
+    assert "since" not in request(held, TURNS).manifest
+    assert "since" not in request(replace(wide_state(5), holdings=known(4, 3)), FFA).manifest
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=12))
+def test_a_node_has_the_servers_adapter_to_the_bit_however_often_it_was_away(takes_part: list[bool]) -> None:
+    held, memory = layered(), Memory()
+    for there in takes_part:
+        if there:
+            found = read_request(request(held, TURNS), TURNS, LAYERED, memory)
+            assert bits(found.adapter.tensors) == bits(held.adapter.tensors)
+            memory, since = found.memory, held.round
+            held = replace(turned(held), holdings=known(1, since))
+            scored = evaluate_request(TURNS, held, WIDE_SESSION, 0)
+            assert bits(read_request(scored, TURNS, LAYERED, memory).adapter.tensors) == bits(held.adapter.tensors)
+        else:
+            held = turned(held)
+
+
+def test_a_node_that_has_layers_of_another_round_asks_for_all_of_them() -> None:
+    memory = read_request(request(layered(), TURNS), TURNS, LAYERED, Memory()).memory
+    packet = request(replace(layered(4), holdings=known(1, 3)), TURNS)
+    with pytest.raises(PacketError, match="those of round 3 in this node's memory, found those of round 0"):
+        read_request(packet, TURNS, LAYERED, memory)
+    with pytest.raises(PacketError, match="found those of round None"):
+        read_request(packet, TURNS, LAYERED, Memory())
+
+
+@pytest.mark.parametrize("since", [-1, 6, True, "3", 2.0])
+def test_a_round_that_cannot_have_been_is_refused(since: Any) -> None:
+    packet = request(replace(layered(4), holdings=known(1, 3)), TURNS)
+    with pytest.raises(PacketError, match="request, since: expected an integer from 0 to 5"):
+        read_request(changed(packet, since=since), TURNS, LAYERED, Memory())

@@ -24,7 +24,7 @@ from fedpeft.merges import rule, with_residual
 from fedpeft.ranks import RankRule
 from fedpeft.requests import fit_request
 from fedpeft.rounds import cohort_of, evaluate_on_clients, in_order, run, step
-from fedpeft.stages import keep_local
+from fedpeft.stages import keep_local, keep_silent
 from fedpeft.strategy import Strategy, build
 from fedpeft.updates import Holding, Memory, ServerState
 from fedpeft.wire import MOST_MAGNITUDE, Failure, Packet
@@ -558,6 +558,48 @@ def test_a_node_may_say_another_rank_before_each_round(tmp_path: Path) -> None:
     sizes = [[len(packet.body) // 4 for packet in nodes.fits(partition)] for partition in (0, 1)]
     assert sizes == [[27, 79, 21], [105, 41, 11]]
     assert states[3].holdings == {0: Holding(2, 3), 1: Holding(2, 4)}
+
+
+def test_what_is_said_of_a_rank_counts_among_the_bytes_each_way(tmp_path: Path) -> None:
+    """Ten bytes of a manifest or a thousand: what is asked and answered before a round is sent too."""
+    told, equal = (
+        went(Nodes(strategy(), tmp_path / name), wide_plan(rule_), 1)[1][0]
+        for name, rule_ in (("told", ranks.declared(4)), ("equal", ranks.equal()))
+    )
+    nodes = Nodes(strategy(), tmp_path / "again")
+    went(nodes, wide_plan(ranks.declared(4)), 1)
+    asked = [(partition, packet) for partition, packet in nodes.asked if packet.kind == "describe"]
+    said = [answer(packet, site(p, strategy(), Toy(p, spec=WIDE)), FolderMemory(tmp_path)) for p, packet in asked]
+    assert (told["exchanges"], equal["exchanges"]) == (2, 1)
+    assert told["bytes_down"] - equal["bytes_down"] == sum(packet.size_bytes for _, packet in asked) > 0
+    assert told["bytes_up"] - equal["bytes_up"] == sum(reply.size_bytes for reply in said) > 0
+    assert told["bytes_up"] == sum(client["bytes_up"] for client in told["clients"])
+
+
+def test_a_silent_site_takes_part_with_a_zero_and_says_it_all_later(tmp_path: Path) -> None:
+    """Each site walks half, a third, a quarter ... of its way, so that its second update is shorter than its first."""
+    quiet, records = strategy(keep_silent(1.0, 1)), []
+    after, network = state(), transport(2, tmp_path, quiet)
+    for _ in range(2):
+        before, (after, record) = after, step(quiet, plan(), after, network, nobody())
+        records.append(record)
+    silent = [[bool(client.get("silent")) for client in record["clients"]] for record in records]
+    # From 0 the sites walk to 2 and 4, the mean is 3; from there a third of 1 and of 5: -> 1/3 and 5/3, both below.
+    assert silent == [[False, False], [True, True]]
+    assert flat(after.adapter.tensors) == flat(before.adapter.tensors) == [3, 3, 3]
+    # Of each site three numbers less, and that it is silent: a name and a number.
+    assert records[1]["bytes_up"] - records[0]["bytes_up"] == 2 * (len("metric.silent") + 8 - 12)
+    after, record = step(quiet, plan(), after, network, nobody())
+    # A quarter of the same way from 3, and what was kept back: (1 + 5) / 2 * (1/3 + 1/4) = 7/4.
+    assert flat(after.adapter.tensors) == pytest.approx([4.75, 4.75, 4.75])
+
+
+def test_bytes_of_an_answer_that_is_refused_are_counted_although_it_is_not_used() -> None:
+    reply = hostile(1, NAN)
+    _, plain = step(strategy(), plan(quorum=1), state(), Script([(0, None)]), nobody())
+    _, record = step(strategy(), plan(quorum=1), state(), Script([(0, None), (1, reply)]), nobody())
+    assert [client["partition"] for client in record["clients"]] == [0]
+    assert record["bytes_up"] - plain["bytes_up"] == reply.size_bytes > 0
 
 
 def test_memory_decides_the_rank_and_a_wish_may_lower_it(tmp_path: Path) -> None:

@@ -5,10 +5,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.adapters import norm
+from fedpeft.adapters import AdapterSpec, ModuleSpec, norm
 from fedpeft.errors import AdapterError
-from fedpeft.stages import Stage, alternate, chain, clip, freeze, identity, keep_local
-from fedpeft.updates import Memory
+from fedpeft.stages import (
+    UNSAID,
+    Stage,
+    alternate,
+    chain,
+    clip,
+    freeze,
+    identity,
+    keep_local,
+    keep_silent,
+    layers_of,
+    take_turns,
+)
+from fedpeft.updates import Memory, Update
 from tests.toys import SPEC, flat, numbers, update
 
 values = st.floats(-1e6, 1e6, width=32).filter(lambda x: x == 0 or abs(x) > 1e-6)
@@ -121,3 +133,106 @@ def test_an_empty_chain_changes_nothing() -> None:
 def test_a_pattern_that_matches_nothing_is_an_error(make: Callable[..., Stage], round_: int) -> None:
     with pytest.raises(AdapterError, match="pattern 'nothing'"):
         make(["nothing"]).shared(SPEC, round_)
+
+
+LAYERED = AdapterSpec(
+    "base",
+    "lora",
+    (
+        ModuleSpec("head", "full", 0, 1.0, (("weight", (1,)),)),
+        *(
+            ModuleSpec(f"{stack}.{number}.attention", "lora", 1, 1.0, (("A", (1, 2)), ("B", (2, 1))))
+            for stack, number in (("decoder.block", 0), ("encoder.block", 2), ("encoder.block", 10))
+        ),
+    ),
+)
+
+
+def trained_layers(stage: Stage, round_: int) -> set[str]:
+    return {key.rpartition(".attention")[0] for key in stage.shared(LAYERED, round_).shapes}
+
+
+def test_layers_are_counted_stack_by_stack_in_order_of_number() -> None:
+    assert layers_of(LAYERED) == ("decoder.block.0", "encoder.block.2", "encoder.block.10")
+    assert layers_of(SPEC) == ()
+
+
+def test_layers_take_turns_round_after_round_and_a_head_is_always_there() -> None:
+    stage = take_turns(2)
+    odd, even = {"", "decoder.block.0", "encoder.block.10"}, {"", "encoder.block.2"}
+    assert [trained_layers(stage, round_) for round_ in (1, 2, 3, 4)] == [odd, even, odd, even]
+    assert "head.weight" in stage.shared(LAYERED, 2).shapes
+    assert not stage.constant(LAYERED)
+    assert (stage.period, stage.turns) == (2, 2)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_every_layer_has_its_turn_once_in_as_many_rounds_as_there_are_groups(groups: int) -> None:
+    stage = take_turns(groups)
+    had = [layer for round_ in range(1, groups + 1) for layer in trained_layers(stage, round_) if layer]
+    assert sorted(had) == sorted(layers_of(LAYERED))
+
+
+def test_turns_of_layers_and_of_factors_meet_in_every_combination_where_one_is_odd() -> None:
+    stage = chain(alternate(["*.A"], ["*.B"]), take_turns(3), freeze(["head.*"]))
+    assert stage.period == 6
+    assert set(stage.constant(LAYERED)) == {"head.weight"}
+    two = chain(alternate(["*.A"], ["*.B"]), take_turns(2))
+    assert "encoder.block.2.attention.B" in two.constant(LAYERED)
+
+
+def said_in_turn(stage: Stage, *deltas: tuple[float, float, float]) -> tuple[list[list[float]], list[bool], Memory]:
+    """What is sent of one update after another, which of them are silent, and the memory after the last."""
+    memory, sent, silent = Memory({"other": np.ones(1, np.float32)}, {"position": 7}), [], []
+    for delta in deltas:
+        found, memory = stage.client(update(delta), memory)
+        sent.append(flat(found.delta))
+        silent.append(found.silent)
+    return sent, silent, memory
+
+
+def test_a_short_update_is_not_said_and_comes_with_the_next() -> None:
+    # The usual length is 5, then (5 + 1) / 2 = 3, then 2: 1 < 0.5 * 5 is kept, 1 + 1 is not below 0.5 * 3.
+    sent, silent, memory = said_in_turn(keep_silent(0.5, 3), (0, 3, 4), (0, 0, 1), (0, 0, 1))
+    assert (sent, silent) == ([[0, 3, 4], [0, 0, 0], [0, 0, 2]], [False, True, False])
+    assert memory.fields == {"position": 7, "usual_norm": 2.0, "silent": 0}
+    assert list(memory.tensors) == ["other"]
+
+
+def test_nobody_is_silent_in_the_first_round_nor_more_often_in_a_row_than_allowed() -> None:
+    _, silent, memory = said_in_turn(keep_silent(1e9, 2), *[(1, 0, 0)] * 7)
+    assert silent == [False, True, True, False, True, True, False]
+    assert memory.fields["silent"] == 0
+
+
+def test_silence_is_told_of_and_a_word_is_not() -> None:
+    stage = keep_silent(2.0, 1)
+    spoken, memory = stage.client(update((3, 0, 0), loss=1.0), Memory())
+    kept, _ = stage.client(update((3, 0, 0), loss=1.0), memory)
+    assert (spoken.metrics, kept.metrics) == ({"loss": 1.0}, {"loss": 1.0, "silent": 1.0})
+
+
+wholes = st.tuples(*[st.integers(-1000, 1000).map(float)] * 3)
+
+
+@given(st.lists(wholes, min_size=1, max_size=9), st.floats(0.1, 3), st.integers(1, 4))
+def test_what_was_said_and_what_is_kept_back_are_all_that_was_learned(
+    learned: list[tuple[float, float, float]], below: float, most: int
+) -> None:
+    sent, _, memory = said_in_turn(keep_silent(below, most), *learned)
+    kept = [
+        float(x) for key in sorted(numbers(0, 0, 0)) for x in memory.tensors.get(f"{UNSAID}{key}", np.zeros(1)).ravel()
+    ]
+    assert list(map(sum, zip(*sent, kept, strict=True))) == list(map(sum, zip(*learned, strict=True)))
+
+
+def test_what_is_kept_of_a_layer_waits_for_its_turn() -> None:
+    stage, spec = keep_silent(10.0, 3), LAYERED
+    ones = {key: np.ones(shape, np.float32) for key, shape in spec.shapes.items()}
+    first, memory = stage.client(Update(spec, ones, 1, 1), Memory())
+    quiet, memory = stage.client(Update(spec, ones, 1, 1), memory)
+    part = spec.only(["head.weight"])
+    third, memory = stage.client(Update(part, {"head.weight": ones["head.weight"] * 99}, 1, 1), memory)
+    assert (first.silent, quiet.silent, third.silent) == (False, True, False)
+    assert third.delta["head.weight"].tolist() == [100]
+    assert set(memory.tensors) == {f"{UNSAID}{key}" for key in spec.shapes if key != "head.weight"}

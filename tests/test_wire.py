@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fedpeft.adapters import at_rank
 from fedpeft.errors import AdapterError, FedPeftError, PacketError
 from fedpeft.merges import Pruning
-from fedpeft.stages import keep_local
+from fedpeft.stages import keep_local, keep_silent
 from fedpeft.strategy import Strategy, build
 from fedpeft.updates import Update
 from fedpeft.wire import (
@@ -223,3 +223,18 @@ def test_metrics_are_floats_by_name() -> None:
 
 def test_a_manifest_may_say_more_than_is_asked() -> None:
     require_manifest(Packet("fit", {"run": RUN, "more": 1}), "fit", {"run": RUN})
+
+
+def test_a_silent_update_takes_no_bytes_and_is_read_as_zero() -> None:
+    quiet = strategy(keep_silent(0.5, 3))
+    packet = fit_reply(quiet, replace(update((0, 0, 0), 5, 50), silent=True), EXPECTED, 1)
+    found = read_update(packet, quiet, SPEC, EXPECTED)
+    assert (packet.body, flat(found.delta), found.silent) == (b"", [0, 0, 0], True)
+    assert (found.examples, found.tokens) == (5, 50)
+
+
+def test_an_empty_update_is_refused_where_nobody_may_be_silent() -> None:
+    with pytest.raises(PacketError, match=r"expected .*12 bytes"):
+        read(reply(b""))
+    spoken = read_update(reply(), strategy(keep_silent(0.5, 3)), SPEC, EXPECTED)
+    assert (flat(spoken.delta), spoken.silent) == ([2, 2, 2], False)

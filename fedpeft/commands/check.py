@@ -39,15 +39,16 @@ _Rows = tuple[tuple[str, str], ...]
 
 
 class Messages(NamedTuple):
-    """Bytes of one client's payloads: what it receives at first and after that, what it sends in odd and even rounds.
+    """Bytes of one client's payloads: what it receives at first and after that, what it sends round after round.
 
-    The residual beside the base, which grows, is not counted.
+    `up` has as many entries as there are rounds before it repeats. Where layers take `turns`, a client that took part
+    of late receives less. The residual beside the base, which grows, is not counted.
     """
 
     first: int
     down: int
-    odd: int
-    even: int
+    up: tuple[int, ...]
+    turns: int
 
 
 def run_check(path: Path, overrides: list[str]) -> None:
@@ -134,10 +135,15 @@ def messages(strategy: Strategy, spec: AdapterSpec) -> Messages:
     """The bytes of what travels to and from a client that holds `spec`."""
     kept = {*strategy.stage.constant(spec), *strategy.stage.local(spec, 1)}
     again = spec.only(key for key in spec.shapes if key not in kept)
-    shared = [strategy.stage.shared(spec, round_) for round_ in (1, 2)]
+    shared = [strategy.stage.shared(spec, round_) for round_ in range(1, strategy.stage.period + 1)]
     variates = [dense().size(part) if strategy.controls else 0 for part in shared]
     sent = [strategy.codec.size(part) + variate for part, variate in zip(shared, variates, strict=True)]
-    return Messages(dense().size(spec) + variates[0], dense().size(again) + variates[0], *sent)
+    return Messages(
+        dense().size(spec) + variates[0],
+        dense().size(again) + variates[0],
+        tuple(sent),
+        strategy.stage.turns,
+    )
 
 
 def _possible(rule: RankRule, spec: AdapterSpec) -> tuple[int, ...]:
@@ -159,9 +165,17 @@ def _ranks(name: str, rule: RankRule, sizes: Mapping[int, Messages]) -> _Rows:
 
 def _one_client(who: str, size: Messages) -> _Rows:
     first = f", {human_bytes(size.first)} the first time" if size.first != size.down else ""
-    odd, even = human_bytes(size.odd), human_bytes(size.even)
-    sent = f"{odd} a round" if size.odd == size.even else f"{odd} in odd rounds, {even} in even ones"
-    return ((f"{who} receives", f"{human_bytes(size.down)} a round{first}"), (f"{who} sends", sent))
+    most = "at most " if size.turns > 1 else ""
+    return ((f"{who} receives", f"{most}{human_bytes(size.down)} a round{first}"), (f"{who} sends", _sends(size.up)))
+
+
+def _sends(up: tuple[int, ...]) -> str:
+    """What goes up, round after round of those that repeat."""
+    if len(set(up)) == 1:
+        return f"{human_bytes(up[0])} a round"
+    if len(up) == 2:
+        return f"{human_bytes(up[0])} in odd rounds, {human_bytes(up[1])} in even ones"
+    return f"{human_bytes(min(up))} to {human_bytes(max(up))} a round, {human_bytes(mean(up))} in the mean"
 
 
 def _residual(method: Method, spec: AdapterSpec) -> _Rows:
@@ -188,7 +202,7 @@ def _totals(config: RunConfig, rule: RankRule, sizes: Mapping[int, Messages]) ->
     cap = max(sizes)
     held = [] if rule.asks else [sizes[min(rule.rank(site, {}) or cap, cap)] for site in range(clients)]
     newcomers = min(clients, rounds * cohort)
-    each = [size.down + (size.odd + size.even) / 2 for size in held or sizes.values()]
+    each = [size.down + mean(size.up) for size in held or sizes.values()]
     more = [size.first - size.down for size in held or sizes.values()]
     costs = [(cohort * one, rounds * cohort * one + newcomers * extra) for one, extra in zip(each, more, strict=True)]
     of_round, of_run = ([cost[at] for cost in costs] for at in (0, 1))

@@ -72,7 +72,7 @@ def _on_model(config: RunConfig) -> Iterator[dict[str, Any]]:
         yield {
             **_fields(method),
             "trained": strategy.stage.trained(adapted.spec).parameters,
-            "bytes_a_round": sizes.down + sizes.odd,
+            "bytes_a_round": sizes.down + sizes.up[0],
             "memory_bytes": 4 * adapted.base_parameters + fit_memory_bytes(learner_of(one, examples)),
         }
 

@@ -21,7 +21,9 @@ from fedpeft.federate import Watcher, federate
 from fedpeft.logs import logging_to
 from fedpeft.memory import FolderMemory
 from fedpeft.progress import watching
+from fedpeft.report.history import history
 from fedpeft.report.tables import render_plain, summary_table
+from fedpeft.report.traffic import traffic_words
 from fedpeft.runs import RunFolder, folder_for, reopen
 from fedpeft.sweeps.running import run_sweep
 from fedpeft.sweeps.settings import is_sweep
@@ -48,6 +50,8 @@ def run_simulation(
         run = _runner(config, folder, engine, resume=resume is not None, bounds=bounds, watcher=watcher)
         records = ENGINES[engine](config, folder, run)
     console.print(render_plain(summary_table(records)), highlight=False, soft_wrap=True)
+    for said in traffic_words(history(records)):
+        console.print(said, highlight=False, soft_wrap=True)
     console.print(
         f"\nEverything is in {folder.root}; open {folder.root / 'report.html'}", highlight=False, soft_wrap=True
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedpeft.config.fields import require, require_range
+from fedpeft.links import parsed
 
 LOG_FORMATS = ("text", "json")
 
@@ -69,9 +70,14 @@ SINKS: Mapping[str, type] = {
 
 @dataclass(frozen=True)
 class ObservationConfig:
-    """What a run tells: `sinks` get its figures round by round, `log_format` is the form of its log (text or json)."""
+    """What a run tells: `sinks` get its figures round by round, `log_format` is the form of its log (text or json).
+
+    `links` are those on which the report models time and energy, beside its own (`fedpeft.links`), as texts such as
+    `ship = 4 1 600 50 80`: Mbit/s down and up, the round trip in ms, µJ a byte down and up.
+    """
 
     sinks: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
     log_format: str = "text"
     prometheus: Prometheus = field(default_factory=Prometheus)
     tensorboard: TensorBoard = field(default_factory=TensorBoard)
@@ -83,6 +89,9 @@ class ObservationConfig:
             known = f"some of {', '.join(SINKS)}"
             require(name in SINKS, "sinks", expected=known, found=name, remedy="correct the name")
         require(len(set(self.sinks)) == len(self.sinks), "sinks", expected="each name once", found=self.sinks)
+        for text in self.links:
+            form = "NAME = DOWN UP ROUND_TRIP DOWN_ENERGY UP_ENERGY in Mbit/s, ms and µJ a byte"
+            require(parsed(text) is not None, "links", expected=form, found=text, remedy="correct the link")
         forms = f"one of {', '.join(LOG_FORMATS)}"
         require(self.log_format in LOG_FORMATS, "log_format", expected=forms, found=self.log_format)
 

@@ -28,6 +28,7 @@ from fedpeft.report.tables import (
     settings_table,
     summary_table,
 )
+from fedpeft.report.traffic import LINK_WORDS, rounds_table, traffic_table, traffic_words
 from fedpeft.report.units import human_bytes, human_count, human_seconds, percent, times
 
 _Figure = tuple[str, str, str]
@@ -84,6 +85,8 @@ def render_page(records: Sequence[Record]) -> str:
         _section("Result", _scroll(render_html(summary_table(records), "numbers summary"))),
         _section("Round by round and site by site", _plots(round_plots(run))),
     ]
+    if run.rounds:
+        parts.append(_section("What was sent", _traffic(run)))
     if samples := _samples(run):
         parts.append(_section("What it answers", samples))
     if merges := _merges(run):
@@ -228,6 +231,12 @@ def _merges(run: History) -> str:
 
 def _paragraphs(sentences: Sequence[str]) -> str:
     return "".join(f'<p class="words">{html.escape(said)}</p>' for said in sentences)
+
+
+def _traffic(run: History) -> str:
+    """The bytes against those of others, in words and in a table, and round by round."""
+    told = _paragraphs((*traffic_words(run), LINK_WORDS)) + _scroll(render_html(traffic_table(run)))
+    return told + _folded("Bytes round by round", rounds_table(run), "numbers settings")
 
 
 def _samples(run: History) -> str:

@@ -47,6 +47,19 @@ def human_seconds(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def short_seconds(seconds: float) -> str:
+    """As `human_seconds`, below a tenth of a second in milliseconds: `3.62 ms`."""
+    return f"{_three_digits(1000 * seconds)} ms" if seconds < 0.0995 else human_seconds(seconds)
+
+
+def human_energy(joules: float) -> str:
+    """`5.3 J`, `2.16 kJ`, `0.42 mJ`: three digits."""
+    for step, unit in ((1e6, "MJ"), (1e3, "kJ"), (1.0, "J"), (1e-3, "mJ")):
+        if joules >= step * 0.9995:
+            return f"{_three_digits(joules / step)} {unit}"
+    return f"{1e6 * joules:.0f} µJ"
+
+
 def percent(share: float | None, spread: float | None = None) -> str:
     """`0.713` is `71.3 %`; with a spread of `0.034`, `71.3 ± 3.4 %`."""
     if share is None:

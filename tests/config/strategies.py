@@ -53,6 +53,7 @@ BOUND: dict[str, st.SearchStrategy[Any]] = {
     "level": st.integers(1, 19),
     "label_smoothing": st.floats(0.0, 0.5),
     "labels": st.lists(TEXTS, min_size=2, max_size=4, unique=True).map(tuple),
+    "links": st.sampled_from([(), ("ship = 4 1 600 50 80",)]),
     "log_format": st.sampled_from(LOG_FORMATS),
     "max_target_tokens": st.integers(2, 512),
     "max_tokens": st.integers(8, 512),

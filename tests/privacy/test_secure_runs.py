@@ -98,11 +98,12 @@ def rounds_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [record for record in records if record["event"] == "round"]
 
 
-@pytest.mark.parametrize("rule", ["ffa_lora", "rolora", "fedavg"])
+@pytest.mark.parametrize(("rule", "turns"), [("ffa_lora", 1), ("rolora", 1), ("fedavg", 2)])
 def test_the_adapter_is_that_of_the_plain_channel_but_for_rounding(
-    plan: Callable[..., RunConfig], tmp_path: Path, rule: str
+    plan: Callable[..., RunConfig], tmp_path: Path, rule: str, turns: int
 ) -> None:
     more = (f"aggregation.merge.rule={rule}", f"aggregation.merge.{rule}.weights=uniform")
+    more += (f"aggregation.stages.turns={turns}",)
     run(plan("secure", *more))
     run(plan("plain", *more, "federation.channel.kind=plain"))
     found, expected = weights(tmp_path / "secure"), weights(tmp_path / "plain")
