@@ -25,7 +25,7 @@ RECORDS = {"memory", "checkpoint", "journal"}
 COHORT = {"cohort", "cohort_choice", "cohort_layers", "cohort_pass"}
 STEPS = {"batches", "corrections", "example_gradients", "gradient_checks", "private_steps"}
 BASES = {"adaptation", "base_weights", "bases", "models"}
-TORCH = BASES | {"evaluation", "fisher", "tasks", "training", "trunk", *STEPS, *COHORT}
+TORCH = BASES | {"evaluation", "fisher", "shared_base", "tasks", "training", "trunk", *STEPS, *COHORT}
 FEDERATION = (
     WIRE
     | RECORDS
@@ -109,6 +109,7 @@ ROOMS: dict[str, set[str]] = {
     "private_steps": UPDATES | {"example_gradients", "models", "privacy", "tasks"},
     "training": WIRE | STEPS | {"client", "data", "evaluation", "models", "pruning", "tasks"},
     "trunk": ADAPTERS | {"evaluation", "models", "tasks"},
+    "shared_base": {"models"},
     "cohort_layers": {"example_gradients"},
     "cohort_pass": {"cohort_layers", "evaluation", "models", "tasks"},
     "cohort": WIRE
@@ -153,6 +154,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
         "fisher",
         "gradient_checks",
         "private_steps",
+        "shared_base",
         "sinks/tensorboard",
         "tasks",
         "training",

@@ -38,16 +38,21 @@ FAMILIES = {
 }
 
 
-def build(folder: Path, *, labels: int = 0, seed: int = 0) -> Path:
+def build_wide(folder: Path) -> Path:
+    """The model of `build`, of several megabytes."""
+    return build(folder, width=256)
+
+
+def build(folder: Path, *, labels: int = 0, seed: int = 0, width: int = 16) -> Path:
     """A model and a tokenizer in `folder`; with `labels`, a classification head of that many outputs."""
     vocabulary = {word: at for at, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
     tokenizer = transformers.BertTokenizerFast(vocab=vocabulary, do_lower_case=True, model_max_length=32)
     settings = transformers.BertConfig(
         vocab_size=len(vocabulary),
-        hidden_size=16,
+        hidden_size=width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=24,
+        intermediate_size=24 if width == 16 else 4 * width,
         max_position_embeddings=40,
         initializer_range=0.2,
         num_labels=labels or 2,

@@ -14,6 +14,7 @@ from fedpeft.codecs import dense
 from fedpeft.compatibility import table
 from fedpeft.config import RunConfig, load
 from fedpeft.config.observation import ObservationConfig
+from fedpeft.engines.workers import require_cores
 from fedpeft.experiment import (
     adapted_model,
     check_plan,
@@ -54,6 +55,7 @@ class Messages(NamedTuple):
 def run_check(path: Path, overrides: list[str]) -> None:
     """Prints the costs of the run, and what goes with what; settings, data and model have been found usable."""
     config = resolve(load(path, overrides))
+    require_cores(config)
     typer.echo(render_plain(costs(config)))
     typer.echo()
     typer.echo(render_plain(Table(*table())))

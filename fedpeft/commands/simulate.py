@@ -12,14 +12,12 @@ from rich.console import Console
 
 from fedpeft.bounds import BOUNDS
 from fedpeft.config import RunConfig, load
-from fedpeft.engines.cohorts import cohorts_of
-from fedpeft.engines.local import LocalTransport
 from fedpeft.engines.ray import simulate_on_ray
+from fedpeft.engines.workers import local_transport
 from fedpeft.errors import ConfigError, sentence
-from fedpeft.experiment import resolve, site_of
+from fedpeft.experiment import resolve
 from fedpeft.federate import Watcher, federate
 from fedpeft.logs import logging_to
-from fedpeft.memory import FolderMemory
 from fedpeft.progress import watching
 from fedpeft.report.history import history
 from fedpeft.report.tables import render_plain, summary_table
@@ -103,9 +101,8 @@ def _runner(
 
 
 def _locally(config: RunConfig, folder: RunFolder, run: Callable[[Transport], Journal]) -> Journal:
-    clients, cohorts = config.federation.clients, cohorts_of(config.compute, folder.cohort)
-    memories = FolderMemory(folder.memories)
-    return run(LocalTransport(clients, lambda partition: site_of(config, partition), memories, cohorts))
+    with local_transport(config, folder) as transport:
+        return run(transport)
 
 
 def _on_ray(config: RunConfig, folder: RunFolder, run: Callable[[Transport], Journal]) -> Journal:

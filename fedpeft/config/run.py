@@ -24,7 +24,8 @@ class ComputeConfig:
     `cpus_per_client` and `gpus_per_client` bound how many clients train at once, and `ray_address`
     names a running cluster (`host:port`). In-process, the clients of a round train together in one pass over the
     base that they share (`cohort = "on"`), one by one (`"off"`), or as a moment's measuring finds faster (`"auto"`); at
-    most `cohort_tokens` tokens of several clients are in the model at once.
+    most `cohort_tokens` tokens of several clients are in the model at once. Above 1, `workers` are processes that
+    divide a round's clients and the `threads` of the machine among them, and have the base between them.
     """
 
     threads: int = 0
@@ -33,12 +34,14 @@ class ComputeConfig:
     ray_address: str = ""
     cohort: str = "off"
     cohort_tokens: int = 4096
+    workers: int = 1
 
     def __post_init__(self) -> None:
         require_range(self, "threads", 0)
         require(self.cpus_per_client > 0, "cpus_per_client", expected="above 0", found=self.cpus_per_client)
         require(self.cohort in ("auto", "on", "off"), "cohort", expected="auto, on or off", found=self.cohort)
         require_range(self, "cohort_tokens", 1)
+        require_range(self, "workers", 1)
         require_range(self, "gpus_per_client", 0.0)
 
 
@@ -72,3 +75,11 @@ class RunConfig:
         )
         require_range(self, "seed", 0, 2**63 - 1)
         require_range(self, "rounds", 1)
+        threads, workers = self.compute.threads, self.compute.workers
+        require(
+            workers == 1 or threads == 0 or workers <= threads or self.model.device.startswith("cuda"),
+            "compute.workers",
+            expected=f"at most {threads}, the threads that workers divide among themselves",
+            found=workers,
+            remedy="lower compute.workers, or raise compute.threads where the machine has more cores",
+        )

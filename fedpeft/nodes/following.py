@@ -61,7 +61,9 @@ def followed(
         model=replace(config.model, source=_source(config.model.source, node), **{**node.model.own, **(held or {})}),
         training=in_memory(in_parts(config.training, limits.batch_size), limits.memory_gigabytes),
         evaluation=replace(config.evaluation, batch_size=min(batch, limits.batch_size or batch)),
-        compute=replace(config.compute, threads=limits.threads or min(config.compute.threads, os.cpu_count() or 1)),
+        compute=replace(
+            config.compute, threads=limits.threads or min(config.compute.threads, os.cpu_count() or 1), workers=1
+        ),
         observation=ObservationConfig(),
     )
 

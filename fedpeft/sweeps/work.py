@@ -15,12 +15,11 @@ from typing import Any
 
 from fedpeft import journal
 from fedpeft.config import RunConfig
-from fedpeft.engines.local import LocalTransport
+from fedpeft.engines.workers import local_transport
 from fedpeft.errors import ConfigError, FedPeftError, sentence
-from fedpeft.experiment import resolve, site_of
+from fedpeft.experiment import resolve
 from fedpeft.federate import federate
 from fedpeft.files import write_atomically
-from fedpeft.memory import FolderMemory
 from fedpeft.runs import RunFolder, folder_for, reopen
 from fedpeft.sweeps.cells import Cell
 from fedpeft.training import use_threads
@@ -85,10 +84,8 @@ def loaded(where: str) -> Callable[..., Any]:
 def _run(cell: Cell) -> None:
     resume = (cell.folder / "config.toml").exists()
     folder, config = reopen(cell.folder, []) if resume else _fresh(cell.config)
-    clients = LocalTransport(
-        config.federation.clients, lambda partition: site_of(config, partition), FolderMemory(folder.memories)
-    )
-    federate(config, folder, clients, engine="local", resume=resume, page=False)
+    with local_transport(config, folder) as clients:
+        federate(config, folder, clients, engine="local", resume=resume, page=False)
 
 
 def _fresh(asked: RunConfig) -> tuple[RunFolder, RunConfig]:

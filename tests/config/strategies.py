@@ -75,6 +75,7 @@ BOUND: dict[str, st.SearchStrategy[Any]] = {
     "source": st.text(min_size=1, max_size=6),
     "space": st.sampled_from(SPACES),
     "template": TEXTS.filter(lambda text: "{text}" not in text).map("{text}".__add__),
+    "workers": st.just(1),  # more need as many threads
     "weights": st.sampled_from(sorted(WEIGHTS)),
     "device_map": st.sampled_from(["", "auto", "sequential"]),
 }
