@@ -8,6 +8,7 @@ for the rounding of sums. Adapters of a lower rank are padded with zeros, which 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -65,10 +66,7 @@ def unserved(learner: TorchLearner) -> str:
         f"the task {learner.task.metric!r} makes several passes, or packs texts": learner.task.copies != 1
         or learner.task.losses is None,
         "precision float16 scales each client's loss by its own history": adapted.precision == torch.float16,
-        "the base leaves out numbers at random": _drops(adapted.model),
-        "the base keeps statistics of batches": any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in adapted.model.modules()
-        ),
+        **_habits(adapted.model),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -330,6 +328,21 @@ def _is_made(adapted: AdaptedModel, key: str) -> bool:
     """Whether a tensor is made by an encoder, which keeps where it began and so is the same for all of a cohort."""
     path = key.rpartition(".")[0]
     return any(module.path == path and module.kind == "encoded" for module in adapted.spec.modules)
+
+
+_HABITS: weakref.WeakKeyDictionary[nn.Module, dict[str, bool]] = weakref.WeakKeyDictionary()
+"""What was found of the models of this process: each is shared by many learners, and has hundreds of modules."""
+
+
+def _habits(model: nn.Module) -> dict[str, bool]:
+    """Which of the things that no cohort can have the model does, by what is said of it; looked for once."""
+    if model not in _HABITS:
+        norms = (isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+        _HABITS[model] = {
+            "the base leaves out numbers at random": _drops(model),
+            "the base keeps statistics of batches": any(norms),
+        }
+    return _HABITS[model]
 
 
 def _drops(model: nn.Module) -> bool:

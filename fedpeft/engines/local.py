@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from fedpeft.adapters import AdapterSpec, AdapterState
 from fedpeft.client import FitJob, Fitted, Learner, Site, handle
+from fedpeft.config import RunConfig
 from fedpeft.engines.cohorts import Asked, Cohorts, Done, Noting, some_at_once
+from fedpeft.experiment import site_of
 from fedpeft.memory import MemoryStore
 from fedpeft.secure_client import SECURE, with_secrets, without_secrets
 from fedpeft.updates import Memory
@@ -23,6 +26,15 @@ _FROM_BEFORE = frozenset({"fit", "describe"})
 
 _KEPT = frozenset({"fit", "secure"})
 """The kinds after which a client remembers something."""
+
+
+_MOST_SITES = 256
+"""Of so many clients what they have of their own is kept from round to round."""
+
+
+def sites_of(config: RunConfig) -> Callable[[int], Site]:
+    """The client of each partition of a simulation, made once as long as there are not too many."""
+    return functools.lru_cache(_MOST_SITES)(functools.partial(site_of, config))
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import recv_handle
 from pathlib import Path
 
+from fedpeft.client import Site
 from fedpeft.config import RunConfig
 from fedpeft.engines.cohorts import cohorts_of
-from fedpeft.engines.local import LocalTransport
+from fedpeft.engines.local import LocalTransport, sites_of
 from fedpeft.errors import FederationError, FedPeftError, sentence
-from fedpeft.experiment import adapted_model, site_of
+from fedpeft.experiment import adapted_model
 from fedpeft.logs import logging_to
 from fedpeft.memory import FolderMemory, MemoryStore
 from fedpeft.runs import RunFolder
@@ -105,23 +106,19 @@ def work(pipe: Connection, duty: Duty) -> None:
         moved = adopt(adapted_model(config), shared)
         os.close(shared.descriptor)
         pipe.send(Started(moved))
+        sites = sites_of(config)
         while True:
             try:
                 part = pipe.recv()
-                pipe.send(_answered(part, config))
+                pipe.send(_answered(part, config, sites))
             except (EOFError, OSError):  # nobody wants to know any more
                 return
 
 
-def _answered(part: Part, config: RunConfig) -> Answered:
+def _answered(part: Part, config: RunConfig, sites: Callable[[int], Site]) -> Answered:
     folder = RunFolder(Path(config.out))
     noted = Noted(FolderMemory(folder.memories))
-    clients = LocalTransport(
-        config.federation.clients,
-        lambda partition: site_of(config, partition),
-        noted,
-        cohorts_of(config.compute, folder.cohort),
-    )
+    clients = LocalTransport(config.federation.clients, sites, noted, cohorts_of(config.compute, folder.cohort))
     try:
         replies = tuple(clients.exchange(part.requests, part.seconds))
     except FedPeftError as error:

@@ -24,10 +24,10 @@ from fedpeft.bases import device_of
 from fedpeft.config import RunConfig
 from fedpeft.config.run import ComputeConfig
 from fedpeft.engines.cohorts import MOST_CLIENTS, cohorts_of
-from fedpeft.engines.local import LocalTransport
+from fedpeft.engines.local import LocalTransport, sites_of
 from fedpeft.engines.worker import Answered, Duty, Part, Started, work
 from fedpeft.errors import ConfigError, FederationError, sentence
-from fedpeft.experiment import adapted_model, site_of
+from fedpeft.experiment import adapted_model
 from fedpeft.memory import FolderMemory, MemoryStore
 from fedpeft.runs import RunFolder
 from fedpeft.shared_base import SharedBase, share
@@ -283,7 +283,7 @@ def local_transport(config: RunConfig, folder: RunFolder) -> Iterator[Transport]
     memories = FolderMemory(folder.memories)
     if config.compute.workers == 1:
         cohorts = cohorts_of(config.compute, folder.cohort)
-        yield LocalTransport(config.federation.clients, lambda one: site_of(config, one), memories, cohorts)
+        yield LocalTransport(config.federation.clients, sites_of(config), memories, cohorts)
         return
     over = WorkersTransport(config, folder.cohort, memories)
     try:
