@@ -20,7 +20,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export TOKENIZERS_PARALLELISM := false
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help setup install assets test-assets browser demo test check format format-check lint types tests constraints
+.PHONY: help setup install assets test-assets browser demo test bench check format format-check lint types tests constraints
 .NOTPARALLEL:
 
 help: ## say what each command does
@@ -29,7 +29,7 @@ help: ## say what each command does
 	@echo "  PYTHON=python3.12    the Python (3.11 or newer) to make .venv with"
 	@echo "  TORCH_INDEX=ADDRESS  where to take PyTorch from: its install page gives the address of its CPU index;"
 	@echo "                       on Linux that build is far smaller than the default one, which carries CUDA"
-	@echo "  ARGS='--quiet'       more arguments for 'fedpeft simulate' in 'make demo'"
+	@echo "  ARGS='--quiet'       more arguments for 'fedpeft simulate' in 'make demo', or for 'make bench'"
 	@echo "  WORKERS=2            how many processes run the tests of 'make test', 'make check' and 'make tests'"
 	@echo "  PYTEST_ARGS='-x'     more arguments for pytest in 'make test', 'make check' and 'make tests'"
 
@@ -102,6 +102,10 @@ types: $(STAMP) ## mypy --strict
 tests: $(STAMP) ## pytest, in WORKERS processes
 	@$(SAY) "Tests"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+bench: setup ## measure this machine: a table, and results/local.json (ARGS='--name laptop --only speed')
+	@$(SAY) "Benchmarks"
+	@$(BIN)/python -m simulations.benchmarks.suite $(ARGS)
 
 constraints: $(STAMP) ## write the versions in .venv to constraints.txt
 	@sed -n '/^#/p' constraints.txt > constraints.new

@@ -4,7 +4,8 @@
 
 In each repeat every way trains the same clients from the same requests, in an order that turns with the repeats:
 requests are read, adapters installed, trained, encoded, and memories written; workers have been started before. `bare`
-is a loop on one thread that knows nothing of federations. All ways have one thread for each worker.
+is a loop that knows nothing of federations, on one thread and on as many as there are workers: the faster of the two in
+each repeat is what the others are held against. All ways have one thread for each worker.
 """
 
 from __future__ import annotations
@@ -33,7 +34,26 @@ SHAPES = ((1, 16), (4, 16))
 """Rows of a batch, and tokens that a row is cut at."""
 
 Way = tuple[int, str]
-"""How many workers, and whether their clients train together."""
+"""How many workers, and whether their clients train together; or how many threads, and `BARE`."""
+
+BARE = "bare"
+"""The way of a loop that knows nothing of federations."""
+
+
+HEADING = (
+    "| rows × tokens | workers or threads | cohort | updates a second | over the faster bare loop |\n"
+    "|---|---|---|---|---|"
+)
+
+
+def ways_of(workers: int) -> list[Way]:
+    """The loop, clients one by one, and clients together; each with one process or thread, and with `workers`."""
+    return [(count, how) for count in (1, workers) for how in (BARE, "off", "on")]
+
+
+def shaped(config: RunConfig, size: int, tokens: int) -> RunConfig:
+    """The run with batches of `size` rows, cut at `tokens`."""
+    return resolve(override(config, [f"training.batch_size={size}", f"task.{config.task.name}.max_tokens={tokens}"]))
 
 
 def requests_of(config: RunConfig, clients: int) -> dict[int, Packet]:
@@ -58,18 +78,20 @@ def transports(config: RunConfig, ways: Sequence[Way], root: Path) -> Iterator[M
         yield found
 
 
-def measure(config: RunConfig, ways: Sequence[Way], clients: int, repeats: int) -> list[dict[Way | str, float]]:
-    """Seconds of each way, and of the loop as `bare`, for each repeat, after one of each for warming up.
+def measure(config: RunConfig, ways: Sequence[Way], clients: int, repeats: int) -> list[dict[Way, float]]:
+    """Seconds of each way for each repeat, after one of each for warming up.
 
     Raises:
         BadParameter: a client failed.
     """
     requests = requests_of(config, clients)
-    with tempfile.TemporaryDirectory() as name, transports(config, ways, Path(name)) as reached:
+    ours = [way for way in ways if way[1] != BARE]
+    with tempfile.TemporaryDirectory() as name, transports(config, ours, Path(name)) as reached:
 
-        def seconds(way: Way | str) -> float:
+        def seconds(way: Way) -> float:
+            use_threads(way[0] if way[1] == BARE else 1)
             started = time.perf_counter()
-            if isinstance(way, str):
+            if way[1] == BARE:
                 bare_round(config, adapted_model(config), range(clients))
             else:
                 replies = [reply for _, reply in reached[way].exchange(requests, 3600.0)]
@@ -77,23 +99,24 @@ def measure(config: RunConfig, ways: Sequence[Way], clients: int, repeats: int) 
                     raise typer.BadParameter("a client of these settings failed")
             return time.perf_counter() - started
 
-        order: list[Way | str] = ["bare", *ways]
-        for way in order:
+        for way in ways:
             seconds(way)
-        return [
-            {way: seconds(way) for way in order[at % len(order) :] + order[: at % len(order)]} for at in range(repeats)
-        ]
+        turned = [[*ways[at % len(ways) :], *ways[: at % len(ways)]] for at in range(repeats)]
+        return [{way: seconds(way) for way in order} for order in turned]
 
 
-def rows(config: RunConfig, clients: int, found: Sequence[Mapping[Way | str, float]]) -> list[str]:
+def over_bare(found: Sequence[Mapping[Way, float]], way: Way) -> list[float]:
+    """How many times the updates a second of the faster loop this way takes, in each repeat."""
+    return [min(seconds for one, seconds in each.items() if one[1] == BARE) / each[way] for each in found]
+
+
+def rows(config: RunConfig, clients: int, found: Sequence[Mapping[Way, float]]) -> list[str]:
     """A line for each way: what was trained, updates a second, and the bare loop's time over its own, paired."""
     shape = f"{config.training.batch_size} × {getattr(config.task.chosen, 'max_tokens', 0)}"
     lines = []
     for way in found[0]:
         rate = statistics.median(clients / each[way] for each in found)
-        ratio = statistics.median(each["bare"] / each[way] for each in found)
-        told = f"{way} | " if isinstance(way, str) else f"{way[0]} | {way[1]}"
-        lines.append(f"| {shape} | {told} | {rate:.2f} | {ratio:.2f} |")
+        lines.append(f"| {shape} | {way[0]} | {way[1]} | {rate:.2f} | {statistics.median(over_bare(found, way)):.2f} |")
     return sorted(lines)
 
 
@@ -108,14 +131,10 @@ def main(
 ) -> None:
     """Print a table: client updates a second for batches of two sizes."""
     first = load(path, set_ or [])
-    use_threads(1)
-    ways = [(count, cohort) for count in (1, workers) for cohort in ("off", "on")]
-    typer.echo("| rows × tokens | workers | cohort | updates a second | over bare |")
-    typer.echo("|---|---|---|---|---|")
+    typer.echo(HEADING)
     for size, tokens in SHAPES:
-        told = [f"training.batch_size={size}", f"task.{first.task.name}.max_tokens={tokens}"]
-        config = resolve(override(first, told))
-        for line in rows(config, clients, measure(config, ways, clients, repeats)):
+        config = shaped(first, size, tokens)
+        for line in rows(config, clients, measure(config, ways_of(workers), clients, repeats)):
             typer.echo(line)
 
 

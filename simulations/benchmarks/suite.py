@@ -1,0 +1,211 @@
+"""All of the benchmarks that a figure of the README comes from, in one command: a table and `results/NAME.json`.
+
+    python -m simulations.benchmarks.suite --name laptop
+    python -m simulations.benchmarks.suite --readme results/laptop.json
+
+Each part measures paired: in each repeat all ways take their turn, so that what a machine does besides meets all of
+them. A ratio is a median, and the least where there are several sizes; how far it spread stands beside it. What was not
+measured is not in the file. `--only speed` measures one part anew and keeps the others that the file holds.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from fedpeft.cli import script
+from fedpeft.config import load
+from fedpeft.errors import ConfigError, sentence
+from fedpeft.files import write_atomically
+from fedpeft.report.units import times
+from fedpeft.sweeps.running import run_sweep
+from fedpeft.version import VERSION
+from simulations.benchmarks import merge, sent, workers
+from simulations.benchmarks.ways import DENSE, EXACT, Cell
+
+EDGE, OTHER = ((1, 16), (4, 16)), ((4, 64), (16, 64))
+"""Rows of a batch, and tokens that a row is cut at: as on an edge device, and otherwise."""
+
+MERGED = Cell(4096, 10)
+LIBRARIES = ("flwr", "torch", "transformers", "peft", "numpy")
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+WORDS: Mapping[str, str] = {
+    "edge_vs_bare_loop": "client updates a second over a bare PyTorch loop, batches of 1 × 16 and 4 × 16 tokens",
+    "any_vs_bare_loop": "the same, batches of 4 × 64 and 16 × 64 tokens",
+    "bytes_vs_lora_fp32": "fewer bytes, both ways, than FedAvg on LoRA in float32, accuracy within half a point",
+    "bytes_vs_full": "fewer bytes, both ways, than full fine-tuning in float32, accuracy within half a point",
+    "merge_vs_dense_4096": "faster exact merge of ten unlike ranks at n = 4096 than forming the mean for an SVD",
+}
+"""What each ratio says, in the order of the table."""
+
+
+class Ratio(NamedTuple):
+    """How many times, and between which bounds it lay."""
+
+    median: float
+    least: float
+    most: float
+
+
+class Part(NamedTuple):
+    """What one part found: ratios by name, and its tables in Markdown."""
+
+    ratios: Mapping[str, Ratio]
+    tables: Sequence[str]
+
+
+class Size(NamedTuple):
+    """How much is measured."""
+
+    clients: int
+    repeats: int
+    overrides: tuple[str, ...]
+    ways: Sequence[workers.Way]
+
+
+FULL = Size(clients=12, repeats=5, overrides=("training.steps=4",), ways=workers.ways_of(2))
+
+
+def spread(values: Sequence[float]) -> Ratio:
+    """The median of paired ratios, and their range."""
+    return Ratio(statistics.median(values), min(values), max(values))
+
+
+def speed(settings: Path, size: Size) -> Part:
+    """Client updates a second of the in-process engine over a bare loop; for each size of batch its best setting."""
+    first, table = load(settings, list(size.overrides)), [workers.HEADING]
+    ratios = {}
+    for name, shapes in (("edge_vs_bare_loop", EDGE), ("any_vs_bare_loop", OTHER)):
+        best = []
+        for rows, tokens in shapes:
+            config = workers.shaped(first, rows, tokens)
+            found = workers.measure(config, size.ways, size.clients, size.repeats)
+            table += workers.rows(config, size.clients, found)
+            ours = [workers.over_bare(found, way) for way in size.ways if way[1] != workers.BARE]
+            best.append(spread(max(ours, key=statistics.median)))
+        ratios[name] = min(best)
+    return Part(ratios, ["\n".join(table)])
+
+
+def bytes_sent(settings: Path, size: Size) -> Part:  # noqa: ARG001 - as many runs as the sweep's file names
+    """Bytes of codecs over seeds; that of the fewest whose accuracy is that of float32 within half a point."""
+    root, _ = run_sweep(sent.SETTINGS, ["out=runs/benchmark-bytes"], typer.echo)
+    rows = [json.loads(line) for line in (root / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    return told(sent.codecs(rows))
+
+
+def told(found: Mapping[str, sent.Codec]) -> Part:
+    """The part that these runs are."""
+    best = found[sent.best(found)]
+    ratios = {"bytes_vs_lora_fp32": spread(best.over_dense), "bytes_vs_full": spread(best.over_full)}
+    return Part(ratios, ["\n".join([sent.HEADING, *sent.lines(found)])])
+
+
+def merging(settings: Path, size: Size) -> Part:  # noqa: ARG001 - one cell, whose repeats the benchmark knows
+    """How many times faster than a dense SVD the exact merge is."""
+    rows = {row.way: row for row in merge.measured([MERGED], merge.ENOUGH_SECONDS)}
+    seconds = {way: row.figures.seconds for way, row in rows.items() if row.figures}
+    ratio = seconds[DENSE] / seconds[EXACT]
+    lines = [f"| {way} | {found:.3g} s |" for way, found in seconds.items()]
+    return Part(
+        {"merge_vs_dense_4096": Ratio(ratio, ratio, ratio)}, ["\n".join(["| merge | median |", "|---|---:|", *lines])]
+    )
+
+
+PARTS: Mapping[str, Callable[[Path, Size], Part]] = {"speed": speed, "bytes": bytes_sent, "merge": merging}
+
+
+def results(parts: Mapping[str, Part], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What is written: machine, versions, ratios, their spread, and tables; what was there and is not anew stays."""
+    kept = before or {}
+    ratios = {name: ratio for part in parts.values() for name, ratio in part.ratios.items()}
+    return {
+        "made": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": {"cpus": os.cpu_count(), "processor": _processor(), "system": platform.platform(terse=True)},
+        "versions": {"fedpeft": VERSION, "python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "ratios": {**kept.get("ratios", {}), **{name: round(ratio.median, 4) for name, ratio in ratios.items()}},
+        "spread": {
+            **kept.get("spread", {}),
+            **{name: {"least": round(one.least, 4), "most": round(one.most, 4)} for name, one in ratios.items()},
+        },
+        "tables": {**kept.get("tables", {}), **{name: list(part.tables) for name, part in parts.items()}},
+    }
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """The table of ratios in Markdown, and where and when they were measured."""
+    lines = ["| figure | median | range |", "|---|---:|---|"]
+    for name, words in WORDS.items():
+        if name in found["ratios"]:
+            bounds = found["spread"][name]
+            around = f"{times(bounds['least'])} to {times(bounds['most'])}"
+            lines.append(f"| {words} | {times(found['ratios'][name])} | {around} |")
+    machine, versions = found["machine"], found["versions"]
+    made = f"Measured {found['made']} on {machine['cpus']} cores ({machine['processor']})"
+    return "\n".join([*lines, "", f"{made}, torch {versions['torch']}, by `make bench`."])
+
+
+def put(text: str, found: Mapping[str, Any]) -> str:
+    """`text` with the table between its two marks.
+
+    Raises:
+        ConfigError: it has no such marks.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ConfigError(sentence("README.md", expected=f"{BEGIN} and {END}", found="none", remedy="put them in"))
+    return f"{before}{BEGIN}\n{summary(found)}\n{END}{after}"
+
+
+def _processor() -> str:
+    """What the processor calls itself."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def main(
+    name: Annotated[str, typer.Option(help="What the file is called.")] = "local",
+    only: Annotated[str, typer.Option(help=f"Some of {', '.join(PARTS)}, with commas between.")] = ",".join(PARTS),
+    settings: Annotated[Path, typer.Option(help="Whose clients are trained for speed.")] = Path(
+        "simulations/demo.toml"
+    ),
+    out: Annotated[Path, typer.Option(help="The folder of results.")] = Path("results"),
+    readme: Annotated[Path | None, typer.Option(help="Measure nothing; put this file's table into README.md.")] = None,
+) -> None:
+    """Measure, print tables, and write results/NAME.json after each part."""
+    if readme:
+        page = Path("README.md")
+        text = put(page.read_text(encoding="utf-8"), json.loads(readme.read_text(encoding="utf-8")))
+        write_atomically(page, text.encode())
+        return
+    unknown = [part for part in only.split(",") if part not in PARTS]
+    if unknown:
+        raise ConfigError(
+            sentence("--only", expected=f"some of {', '.join(PARTS)}", found=unknown[0], remedy="name one")
+        )
+    path = out / f"{name}.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for part in only.split(","):
+        measured = PARTS[part](settings, FULL)
+        found = results({part: measured}, found)
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(found, indent=2) + "\n").encode())
+        typer.echo("\n".join([f"\n{part}\n", *measured.tables]))
+    typer.echo(f"\n{summary(found)}\n\nWritten to {path}.")
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpeft import journal
+from fedpeft.errors import ConfigError
+from simulations.benchmarks import merge, sent, suite
+from simulations.benchmarks.suite import BEGIN, END, WORDS, Part, Ratio, Size
+from simulations.benchmarks.ways import DENSE, EXACT, Cell
+from simulations.benchmarks.workers import BARE
+
+
+def row(codec: str, seed: int, accuracy: float, run: int) -> dict[str, Any]:
+    figures = {"accuracy": accuracy, "bytes_up": run, "bytes_down": run, "bytes_run": 2 * run}
+    figures |= {"bytes_dense": 1000, "bytes_full": 100_000}
+    return {"grid": "bytes", "variants": {"codec": codec}, "seed": seed, "figures": figures}
+
+
+ROWS = [
+    row("dense", 7, 0.70, 500),
+    row("few", 7, 0.69, 50),
+    row("fewest", 7, 0.68, 5),
+    row("dense", 8, 0.70, 500),
+    row("few", 8, 0.704, 40),
+    row("fewest", 8, 0.70, 5),
+]
+
+
+def part(**medians: float) -> Part:
+    return Part({name: Ratio(median, median / 2, median * 2) for name, median in medians.items()}, ["| a |\n|---|"])
+
+
+def test_bytes_are_those_of_the_codec_that_sends_least_and_learns_as_much() -> None:
+    found = suite.told(sent.codecs(ROWS))
+    assert sent.best(sent.codecs(ROWS)) == "few"
+    assert found.ratios["bytes_vs_lora_fp32"] == pytest.approx((11.25, 10.0, 12.5))
+    assert found.ratios["bytes_vs_full"] == pytest.approx((1125.0, 1000.0, 1250.0))
+    assert "| few | 45 B | 45 B | 11.2 × | 1,125 × | 69.7 % (69.0 % to 70.4 %) |" in found.tables[0]
+
+
+def test_where_no_codec_learns_as_much_nothing_is_saved() -> None:
+    worse = [row("dense", 7, 0.70, 500), row("few", 7, 0.60, 5)]
+    assert suite.told(sent.codecs(worse)).ratios["bytes_vs_lora_fp32"].median == 1.0
+
+
+def test_a_run_tells_its_bytes_both_ways(tmp_path: Path) -> None:
+    each = {"run": {"up": 1, "down": 2}, "dense": {"up": 30, "down": 40}, "full": {"up": 500, "down": 600}}
+    journal.append(tmp_path / "journal.jsonl", {"event": "end", "traffic": {"bytes": each}})
+    assert sent.sent(tmp_path) == {"bytes_run": 3, "bytes_dense": 70, "bytes_full": 1100}
+
+
+def test_speed_is_that_of_the_best_setting_in_the_size_of_batch_that_it_gains_least_in(
+    tiny_run: str, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tmp_path / "run.toml"
+    settings.write_text(tiny_run)
+    monkeypatch.setattr(suite, "EDGE", ((1, 8), (2, 8)))
+    monkeypatch.setattr(suite, "OTHER", ((2, 16),))
+    found = suite.speed(settings, Size(2, 2, ("training.steps=1",), ((1, BARE), (1, "off"), (1, "on"))))
+    assert list(found.ratios) == ["edge_vs_bare_loop", "any_vs_bare_loop"]
+    assert all(0 < one.least <= one.median <= one.most for one in found.ratios.values())
+    assert [line.split(" | ")[:3] for line in found.tables[0].splitlines()[2:5]] == [
+        ["| 1 × 8", "1", how] for how in (BARE, "off", "on")
+    ]
+    assert len(found.tables[0].splitlines()) == 2 + 9
+
+
+def test_a_merge_is_held_against_the_dense_one_of_the_same_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Cell] = []
+
+    def measured(cells: list[Cell], _seconds: float) -> list[merge.Row]:
+        asked.extend(cells)
+        return [
+            merge.Row(cells[0], way, merge.Figures(seconds, 0, 0, 0)) for way, seconds in ((DENSE, 6.0), (EXACT, 0.5))
+        ]
+
+    monkeypatch.setattr(merge, "measured", measured)
+    assert suite.merging(Path("none"), suite.FULL).ratios["merge_vs_dense_4096"].median == 12.0
+    assert [cell.size for cell in asked] == [4096]
+
+
+def test_a_part_measured_anew_leaves_the_others_as_they_were() -> None:
+    first = suite.results({"merge": part(merge_vs_dense_4096=30.0), "bytes": part(bytes_vs_full=9.0)})
+    second = json.loads(json.dumps(suite.results({"bytes": part(bytes_vs_full=7.0)}, first)))
+    assert second["ratios"] == {"merge_vs_dense_4096": 30.0, "bytes_vs_full": 7.0}
+    assert second["spread"]["bytes_vs_full"] == {"least": 3.5, "most": 14.0}
+    assert set(second["tables"]) == {"merge", "bytes"}
+    assert second["versions"]["torch"]
+
+
+@pytest.mark.parametrize("before", [f"# A\n{BEGIN}\nold\n{END}\nB\n", f"# A\n{BEGIN}{END}\nB\n"])
+def test_the_table_stands_between_its_marks_and_nothing_else_is_touched(before: str) -> None:
+    found: Mapping[str, Any] = suite.results({"merge": part(merge_vs_dense_4096=30.0)})
+    text = suite.put(before, found)
+    assert text.startswith(f"# A\n{BEGIN}\n| figure ")
+    assert text.endswith(f"\n{END}\nB\n")
+    assert "old" not in text
+    assert f"| {WORDS['merge_vs_dense_4096']} | 30.0 × | 15.0 × to 60.0 × |" in text
+    assert suite.put(text, found) == text
+
+
+def test_a_page_without_marks_is_left_alone_in_one_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"README\.md: expected <!-- benchmarks: begin -->"):
+        suite.put("# A\n", suite.results({}))
+
+
+def test_the_readme_shows_the_figures_that_were_kept_and_each_has_words() -> None:
+    committed = json.loads(Path("results/two-cores.json").read_text(encoding="utf-8"))
+    text = Path("README.md").read_text(encoding="utf-8")
+    assert set(committed["ratios"]) <= set(WORDS)
+    assert suite.put(text, committed) == text
