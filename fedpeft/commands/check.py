@@ -15,6 +15,7 @@ from fedpeft.compatibility import table
 from fedpeft.config import RunConfig, load
 from fedpeft.config.observation import ObservationConfig
 from fedpeft.engines.workers import require_cores
+from fedpeft.errors import ConfigError, FedPeftError, sentence
 from fedpeft.experiment import (
     adapted_model,
     check_plan,
@@ -34,6 +35,9 @@ from fedpeft.report.tables import Table, render_plain
 from fedpeft.report.units import between, human_bytes, human_count
 from fedpeft.sinks import KINDS, remedy_of
 from fedpeft.strategy import Strategy
+from fedpeft.sweeps.cells import cells_of
+from fedpeft.sweeps.settings import is_sweep, read_plan
+from fedpeft.sweeps.work import loaded
 from fedpeft.training import fit_memory_bytes
 
 _Rows = tuple[tuple[str, str], ...]
@@ -53,12 +57,46 @@ class Messages(NamedTuple):
 
 
 def run_check(path: Path, overrides: list[str]) -> None:
-    """Prints the costs of the run, and what goes with what; settings, data and model have been found usable."""
+    """Prints the costs of the run, and what goes with what; settings, data and model have been found usable.
+
+    Of a sweep it prints whether each combination of its variants can run.
+    """
+    if is_sweep(path):
+        _check_sweep(path, overrides)
+        return
     config = resolve(load(path, overrides))
     require_cores(config)
     typer.echo(render_plain(costs(config)))
     typer.echo()
     typer.echo(render_plain(Table(*table())))
+
+
+def _check_sweep(path: Path, overrides: list[str]) -> None:
+    """Prints a line for each combination; those that differ in their seeds alone are one.
+
+    Raises:
+        ConfigError: the file is no usable sweep, or a combination cannot run.
+    """
+    plan = read_plan(path, overrides)
+    root, cells = cells_of(plan, overrides)
+    for where in {plan.sweep.draw, *(cell.measure for cell in cells)} - {""}:
+        loaded(where)
+    combinations = list({(cell.grid, cell.variants): cell for cell in reversed(cells)}.values())[::-1]
+    refused = 0
+    for cell in combinations:
+        words = " ".join([cell.grid, *(variant for _, variant in cell.variants)])
+        try:
+            config = resolve(cell.config)
+            require_cores(config)
+            check_plan(config, adapted_model(config))
+            typer.echo(f"can run  {words}")
+        except FedPeftError as error:
+            refused += 1
+            typer.echo(f"refused  {words}: {error}")
+    typer.echo(f"\n{len(combinations)} combinations, {len(cells)} runs below {root}")
+    if refused:
+        expected, found = f"{len(combinations)} combinations that can run", f"{refused} that cannot, told above"
+        raise ConfigError(sentence(str(path), expected=expected, found=found, remedy="correct or leave out those"))
 
 
 def costs(config: RunConfig) -> Table:

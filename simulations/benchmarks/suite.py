@@ -73,7 +73,7 @@ class Size(NamedTuple):
     ways: Sequence[workers.Way]
 
 
-FULL = Size(clients=12, repeats=5, overrides=("training.steps=4",), ways=workers.ways_of(2))
+FULL = Size(clients=12, repeats=3, overrides=("training.steps=2",), ways=workers.ways_of(2))
 
 
 def spread(values: Sequence[float]) -> Ratio:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -118,18 +119,26 @@ def test_a_run_that_is_stopped_and_gone_on_with_ends_at_the_same_bits(
     assert (tmp_path / "whole" / "cohort.json").exists() == (cohort == "on")
 
 
+def all_ready(over: WorkersTransport) -> None:
+    """Every worker has begun: one may have answered for all clients before the other had."""
+    deadline = time.monotonic() + 60
+    while not all(worker.ready for worker in over._workers):
+        assert time.monotonic() < deadline
+        list(over.exchange(asked(over.config, (0,)), 60))
+
+
 def test_clients_of_a_worker_that_dies_are_tried_by_another_and_the_log_says_so(
     over: WorkersTransport, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = dict(over.exchange(asked(over.config, (0, 1, 2, 3)), 60))
-    over.close()
+    all_ready(over)
+    second = next(worker for worker in over._workers if worker.number == 1)
+    os.kill(second.process.pid or 0, signal.SIGSTOP)  # it is handed a client and cannot answer
     replies = over.exchange(asked(over.config, (0, 1, 2, 3)), 60)
     found = dict([next(replies)])
-    first = over._workers[0].process
-    os.kill(first.pid or 0, signal.SIGSTOP)  # whatever it is handed it cannot answer
-    found |= dict([next(replies)])
+    assert second.part is not None
     with caplog.at_level(logging.WARNING, logger="fedpeft"):
-        os.kill(first.pid or 0, signal.SIGKILL)
+        os.kill(second.process.pid or 0, signal.SIGKILL)
         found |= dict(replies)
     assert [p for p, reply in found.items() if isinstance(reply, Packet) and reply.kind == "update"] == [0, 1, 2, 3]
     assert {p: reply.body for p, reply in found.items()} == {p: reply.body for p, reply in plain.items()}  # type: ignore[union-attr]
@@ -167,7 +176,9 @@ def test_the_base_is_in_memory_once(tiny_model: Path, tiny_rows: Path, tmp_path:
     config = replace(config, model=replace(config.model, source=str(wide)))
     with local_transport(config, RunFolder(tmp_path)) as over:
         assert isinstance(over, WorkersTransport)
-        list(over.exchange(asked(config, (0, 1)), 60))
+        list(over.exchange(asked(config, (0,)), 60))
+        all_ready(over)
+        list(over.exchange(asked(config, (0, 1)), 60))  # each of them answers for one
         base = over._base[0]
         assert base.size_bytes > 2_000_000
         for worker in over._workers:
@@ -198,7 +209,11 @@ def test_no_process_outlives_the_run(tiny_run: str, tmp_path: Path, how: signal.
     (tmp_path / "run.toml").write_text(tiny_run, encoding="utf-8")
     told = [f"--set={each}" for each in (*TWO, "rounds=2000", "out=run")]
     command = [sys.executable, "-m", "fedpeft", "simulate", "run.toml", "--no-bounds", "--quiet", *told]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs, in which tests may run, pay no heed to Ctrl-C, and what they start does not either.
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeding
+    )
     try:
         deadline = time.monotonic() + 60
         while not rounds_done(tmp_path / "run"):
@@ -212,7 +227,7 @@ def test_no_process_outlives_the_run(tiny_run: str, tmp_path: Path, how: signal.
         assert psutil.wait_procs(family, timeout=15)[1] == []
     finally:
         process.kill()
-        process.wait(10)
+        process.communicate()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from fedpeft import journal
+from fedpeft.commands.check import run_check
 from fedpeft.config import to_toml
 from fedpeft.errors import ConfigError, FederationError
 from fedpeft.sweeps.running import run_sweep
@@ -104,6 +105,30 @@ def test_a_cell_that_fails_is_told_and_stops_no_other(plan: Callable[..., Path],
     with pytest.raises(FederationError, match=r"1 that failed, the first runs rows seed 1: .*nowhere.jsonl"):
         run_sweep(plan(text), [], lambda _: None)
     assert [row["variants"]["rate"] for row in results(tmp_path / "out")] == ["slow", "fast"]
+
+
+def test_a_check_tells_of_every_combination_whether_it_can_run(
+    plan: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_check(plan(), [])
+    assert capsys.readouterr().out.splitlines()[:2] == ["can run  runs slow", "can run  runs fast"]
+    bad = ['private = ["privacy.mechanism=central", "aggregation.merge.fedavg.weights=examples"]']
+    with pytest.raises(ConfigError, match=r"sweep\.toml: expected 3 combinations that can run, found 1 that cannot"):
+        run_check(plan(SWEEP + "\n".join(bad)), [])
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0][:20] for line in told[:3]] == [
+        "can run  runs slow",
+        "can run  runs fast",
+        "refused  runs privat",
+    ]
+    assert "3 combinations, 6 runs below" in told[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_check_of_a_sweep_reads_what_it_will_measure_with(plan: Callable[..., Path]) -> None:
+    text = SWEEP + '[[sweep.grids]]\naxes = ["rate"]\nmeasure = "nowhere.at_all:figure"\n'
+    with pytest.raises(ConfigError, match="nowhere"):
+        run_check(plan(text), [])
 
 
 def test_a_measurement_that_is_nowhere_is_refused_before_anything_runs(
