@@ -159,7 +159,8 @@ def _fit(packet: Packet, memory: Memory, site: Site) -> tuple[Packet, Memory]:
     update, kept = strategy.stage.client(update, kept)
     if strategy.channel:
         shared = strategy.stage.shared(spec, round_)
-        return joining(packet, update, kept, _party(site), shared, adapter, _manifest(packet, site))
+        passes = strategy.passes(spec, round_)
+        return joining(packet, update, kept, _party(site), shared, adapter, _manifest(packet, site), passes)
     update = replace(update, metrics={**update.metrics, "update_norm": norm(update.delta)})
     return feedback.reply(strategy, update, kept, _manifest(packet, site), greatest_rank(own))
 
@@ -179,8 +180,8 @@ def _describe(packet: Packet, memory: Memory, site: Site) -> tuple[Packet, Memor
 
 
 def _secure(packet: Packet, memory: Memory, site: Site) -> tuple[Packet, Memory]:
-    _agree(packet, site)
-    return answer_phase(packet, memory, _party(site), _manifest(packet, site))
+    passes = site.strategy.passes(_agree(packet, site), int(packet.manifest["round"]))
+    return answer_phase(packet, memory, _party(site), _manifest(packet, site), passes)
 
 
 def _party(site: Site) -> Party:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fedpeft import codec_laws
+from fedpeft import codec_laws, privacy_laws
 from fedpeft.adapters import KINDS, AdapterSpec, greatest_rank, low_rank_modules
 from fedpeft.errors import PlanError
-from fedpeft.merges import WEIGHTS, Method
+from fedpeft.merges import Method
 from fedpeft.plans import Law, Plan
-from fedpeft.privacy import EXAMPLE
 from fedpeft.stages import chain, layers_of
 from fedpeft.strategy import Parts, stage_of
 
@@ -229,86 +228,6 @@ def _carried(plan: Plan) -> str:
     )
 
 
-def _private_sum(plan: Plan) -> str:
-    odd = _no_plain_sum(plan) if plan.mechanism and plan.mechanism.sums else ""
-    if not odd:
-        return ""
-    return (
-        "privacy.mechanism: expected a plan in which every client's part in what is released is one clipped update of "
-        f"equal weight, found {odd}"
-    )
-
-
-def _secure_sum(plan: Plan) -> str:
-    if plan.channel is None:
-        return ""
-    odd = _no_plain_sum(plan)
-    if not odd and plan.channel.noise and len(plan.ranks | {greatest_rank(plan.spec)}) > 1:
-        odd = "nodes of unlike rank, which cannot tell what their update does to the product; choose equal ranks."
-    if not odd:
-        return ""
-    return f"federation.channel: expected a plan that needs no more than the plain sum of updates, found {odd}"
-
-
-def _no_plain_sum(plan: Plan) -> str:
-    """What of a plan makes more of updates than their sum, with each weighing the same, and what to do; or nothing."""
-    return next(
-        (
-            f"{found}; {remedy}."
-            for holds, found, remedy in (
-                (
-                    not plan.method.merge.mean,
-                    "a rule that makes more of updates than their mean",
-                    "choose ffa_lora, rolora, fed_sb or fedavg, or protect at the clients (privacy.mechanism = local)",
-                ),
-                (
-                    plan.method.merge.weigh is not WEIGHTS["uniform"],
-                    "a rule that weighs clients by what they say they have",
-                    'set weights = "uniform" of that rule',
-                ),
-                (plan.controls, "control variates, which travel beside updates", "set training.scaffold=false"),
-                (bool(plan.method.pruning), "nodes that lower their rank", "choose a rule without pruning"),
-                (plan.carries, "federation.late = carry", 'set federation.late = "drop"'),
-                (plan.spare, "federation.spare above 0", "set federation.spare=0"),
-            )
-            if holds
-        ),
-        "",
-    )
-
-
-def _private_turns(plan: Plan) -> str:
-    if plan.mechanism is None or plan.mechanism.turns:
-        return ""
-    if plan.stage.period == 1:
-        return ""
-    return (
-        "privacy.central.bands: expected the same tensors in every round, because noise is taken back in later ones, "
-        "found a rule by which tensors take turns; set bands=1, or choose ffa_lora."
-    )
-
-
-def _private_beside(plan: Plan) -> str:
-    if plan.mechanism is None or plan.mechanism.sums:
-        return ""
-    if plan.controls:
-        return (
-            "training.scaffold: expected false, because control variates travel without noise, found true; "
-            "set training.scaffold=false."
-        )
-    if plan.mechanism.unit == EXAMPLE and plan.method.merge.weigh is WEIGHTS["tokens"]:
-        return (
-            "aggregation.merge: expected weights of examples or equal ones, because how many tokens a step drew tells "
-            'of single examples, found tokens; set weights = "examples" of that rule.'
-        )
-    if plan.method.pruning and plan.mechanism.unit == EXAMPLE:
-        return (
-            "aggregation.merge.rule: expected nodes that keep their rank, because by how much they lower it nothing "
-            "protects their examples, found a rule by which they lower it; set aggregation.merge.hetlora.keep=1."
-        )
-    return ""
-
-
 def _every_layer(plan: Plan) -> str:
     turns, layers = plan.stage.turns, len(layers_of(plan.spec))
     if turns > max(layers, 1):
@@ -381,14 +300,14 @@ LAWS = (
     Law("no node's rank is above the server's", _capped),
     Law("late updates go with a plain mean", _carried),
     Law("a robust rule sees enough updates to fire", _enough_updates),
-    Law("central privacy goes with plain means of equal weights", _private_sum),
-    Law("a secure sum goes with plain means of equal weights", _secure_sum),
+    Law("central privacy goes with plain means of equal weights", privacy_laws.private_sum),
+    Law("a secure sum goes with plain means of equal weights", privacy_laws.secure_sum),
     Law("a secure sum goes with a codec whose sums are sums", codec_laws.summed),
     Law("error feedback goes with a codec that loses less than it is given", codec_laws.growing),
     Law("error feedback goes with a rule that keeps coordinates", codec_laws.moving),
     Law("what goes down coded goes with means, equal ranks and codecs that contract", codec_laws.down),
-    Law("noise that is taken back goes with tensors that are always trained", _private_turns),
+    Law("noise that is taken back goes with tensors that are always trained", privacy_laws.private_turns),
     Law("a site may say nothing where a plain mean sees each update", _nothing_said),
-    Law("nothing travels beside an update that carries its own noise", _private_beside),
+    Law("nothing travels beside an update that carries its own noise", privacy_laws.private_beside),
 )
 """Every reason why a plan is refused before its first round."""

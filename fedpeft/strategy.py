@@ -12,7 +12,7 @@ from fedpeft import residuals
 from fedpeft.adapters import AdapterSpec, AdapterState, Tensors, absorbed, at_ranks, fit, fixed, norm, ranks_of, resized
 from fedpeft.codecs import Codec, as_sent, dense, first_sent, next_sent
 from fedpeft.errors import AdapterError, FederationError
-from fedpeft.merges import Contribution, Merged, Method, Pruning
+from fedpeft.merges import Contribution, Merged, Method, Passes, Pruning
 from fedpeft.optimizers import Optimizer
 from fedpeft.privacy import Channel, Mechanism
 from fedpeft.stages import Stage, alternate, chain, freeze, identity, keep_local
@@ -51,7 +51,8 @@ class Strategy(NamedTuple):
     and `codec`, that of updates, are the halves that clients run too; `pruning` is how they lower their rank, if they
     do; `controls`: clients keep control variates (SCAFFOLD). `mechanism` is how the run protects, and what a round of
     it costs; with a `channel` the server sees but sums of updates. `seed` is what clients' rounding is drawn from.
-    `downlink` is the codec of what the server sends, of the tensors of `travelling(spec)`.
+    `downlink` is the codec of what the server sends, of the tensors of `travelling(spec)`. Where a channel's sums are
+    of products, `sketch` is the width of their sketch.
     """
 
     stage: Stage
@@ -65,10 +66,17 @@ class Strategy(NamedTuple):
     channel: Channel | None = None
     seed: int = 0
     downlink: Codec = dense()
+    sketch: int | None = None
 
     def travelling(self, spec: AdapterSpec) -> AdapterSpec:
         """What of the adapter goes down to a node that has what never changes, and what is its own."""
         return _travelling(self.stage, spec)
+
+    def passes(self, spec: AdapterSpec, round_: int) -> Passes | None:
+        """How the products of round `round_` are summed, of adapters of `spec`; None where their numbers are."""
+        if self.sketch is None:
+            return None
+        return Passes(self.stage.shared(spec, round_), self.sketch, self.seed, round_)
 
 
 def build(parts: Parts) -> Strategy:
@@ -77,6 +85,7 @@ def build(parts: Parts) -> Strategy:
     stage = chain(stage_of(parts.method), parts.stage, private.stage if private else identity())
     merge, optimizer, budget = parts.method.merge, parts.optimizer, parts.method.budget
     merge = private.wrap(merge) if private else merge
+    sketch = parts.method.sketch if parts.channel else None
 
     def init(run: str, seed: int, adapter: AdapterState) -> ServerState:
         kept = {*stage.constant(adapter.spec), *stage.local(adapter.spec, 1)}
@@ -89,7 +98,7 @@ def build(parts: Parts) -> Strategy:
     def aggregate(state: ServerState, updates: Iterable[Update]) -> tuple[ServerState, Measures]:
         before, spec, round_ = state.adapter.tensors, state.adapter.spec, state.round + 1
         # Of a sum nobody can say how far the mean of products is from the product of means, so nothing is measured.
-        hidden = tuple(spec.shapes) if parts.channel else stage.local(spec, round_)
+        hidden = tuple(spec.shapes) if parts.channel and sketch is None else stage.local(spec, round_)
         base = as_sent(state)
         fold = merge.init(replace(state, adapter=base), tuple(stage.shared(spec, round_).shapes), hidden)
         control = dict(state.control)
@@ -130,6 +139,7 @@ def build(parts: Parts) -> Strategy:
         parts.channel,
         parts.seed,
         parts.downlink,
+        sketch,
     )
 
 

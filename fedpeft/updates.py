@@ -17,7 +17,8 @@ class Update:
     `delta` holds the tensors of `spec`. `examples` and `tokens` are what it was trained on; `count` is how
     many clients it stands for, and `share` is multiplied with whatever it weighs. `metrics` are for people, never for
     the algebra. `control` is how the client's control variate moved, where the federation keeps them. A `silent`
-    update is zero and takes no bytes.
+    update is zero and takes no bytes. `lacks` is about how much of what a low-rank module did is not in `delta`, by
+    module path, in Frobenius norms (NaN: nobody knows); a module that it does not name is whole.
     """
 
     spec: AdapterSpec
@@ -29,6 +30,7 @@ class Update:
     control: Tensors = field(default_factory=dict)
     share: float = 1.0
     silent: bool = False
+    lacks: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

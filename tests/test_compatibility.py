@@ -23,7 +23,12 @@ def test_every_rule_has_its_row() -> None:
     assert [row[0] for row in table()[1]] == list(MERGES.members)
 
 
-@pytest.mark.parametrize("rule", ["flora", "fedex", "flexlora", "krum", "median"])
+@pytest.mark.parametrize("rule", ["flora", "fedex", "krum", "median"])
 def test_what_must_see_each_update_never_goes_with_sums(rule: str) -> None:
     assert not any(compatible(rule, name) for name in PROTECTIONS if name not in ("local noise", "examples"))
     assert compatible(rule, "local noise")
+
+
+def test_a_rule_that_needs_products_goes_with_sums_of_them_but_not_with_noise_on_them() -> None:
+    with_sums = {name: compatible("flexlora", name) for name in PROTECTIONS}
+    assert [name for name, holds in with_sums.items() if holds] == ["local noise", "examples", "secure sums"]

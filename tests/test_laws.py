@@ -241,6 +241,13 @@ BROKEN: list[tuple[Parts, dict[str, Any], str, str]] = [
             (preset("median"), {"updates": 9}, "found a rule that makes more of updates than their mean"),
             (preset("ffa_lora"), {}, "found a rule that weighs clients"),
             (preset("fedavg", weights="uniform", controls=3), {}, "found control variates"),
+            (preset("flexlora"), {}, "found a rule that weighs clients"),
+            (preset("flexlora", weights="uniform"), {"spec": DORA}, "found products of dora"),
+            (
+                preset("flexlora", weights="uniform", sketch=3),
+                {"spec": WIDE},
+                "found a sketch of 3 columns, which cannot hold an adapter of rank 4; set .*sketch=8 or more",
+            ),
         )
     ),
     (
@@ -248,6 +255,12 @@ BROKEN: list[tuple[Parts, dict[str, Any], str, str]] = [
         {"spec": WIDE, "ranks": (2, 4)},
         "a secure sum goes with plain means of equal weights",
         "found nodes of unlike rank",
+    ),
+    (
+        replace(preset("flexlora", weights="uniform"), channel=replace(CHANNEL, noise=ClientNoise(1.0, 5))),
+        {},
+        "a secure sum goes with plain means of equal weights",
+        "found noise that clients add, which two sums of one update would need twice",
     ),
     (
         replace(preset("fedavg", weights="uniform"), channel=CHANNEL, codec=coded(rounding=bf16())),
@@ -388,6 +401,7 @@ def test_the_law_that_a_plan_breaks_is_the_one_that_says_so(
         ),
         (replace(preset("flora"), codec=coded(top_k(0.5), steps(3, 64, "stochastic"))), {}),
         (replace(preset("fedavg", weights="uniform"), channel=CHANNEL), {}),
+        (replace(preset("flexlora", weights="uniform"), channel=CHANNEL), {"spec": WIDE, "ranks": (1, 4)}),
         *((replace(preset(name), downlink=coded(top_k(0.5))), {}) for name in ("fedavg", "ffa_lora", "rolora")),
         (replace(made(controls=3), downlink=coded(top_k(0.5))), {"spec": WIDE, "ranks": (0, 4)}),
     ],

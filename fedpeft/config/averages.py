@@ -131,12 +131,22 @@ class FedEx(Averaging):
 
 @dataclass(frozen=True)
 class FlexLora(Averaging):
-    """FlexLoRA: the exact mean, cut to the server's rank by singular value decomposition."""
+    """FlexLoRA: the exact mean, cut to the server's rank by singular value decomposition.
+
+    Where the server sees sums alone, it finds the mean from two of them; `sketch` is how many columns the first has
+    (0: twice the server's rank and 8). The mean is exact where that is no less than the sum of the clients' ranks.
+    """
+
+    sketch: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range(self, "sketch", 0, 1_000_000)
 
     def build(self) -> Method:
         """The method that these settings describe."""
         merge = rule(self.weights, truncated, missing=self.missing, gauge="free", whole=True)
-        return Method(merge, kinds=SOLVED)
+        return Method(merge, kinds=SOLVED, sketch=self.sketch)
 
 
 @dataclass(frozen=True)

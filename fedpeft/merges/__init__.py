@@ -1,10 +1,11 @@
 """Merges: how the updates of a round become the server's next adapter."""
 
-from fedpeft.merges import exactness, products
+from fedpeft.merges import exactness, passes, products
 from fedpeft.merges.judged import SPACES, coordinatewise, judged
 from fedpeft.merges.merge import WEIGHTS, Contribution, Merge, Merged
 from fedpeft.merges.method import Method, Pruning
 from fedpeft.merges.padded import MISSING
+from fedpeft.merges.passes import Passes
 from fedpeft.merges.projections import Project, as_is, corrected, restarted, truncated, with_residual
 from fedpeft.merges.rule import by_product_norm, rule
 
@@ -16,6 +17,7 @@ __all__ = [
     "Merge",
     "Merged",
     "Method",
+    "Passes",
     "Project",
     "Pruning",
     "as_is",
@@ -24,6 +26,7 @@ __all__ = [
     "corrected",
     "exactness",
     "judged",
+    "passes",
     "products",
     "restarted",
     "rule",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -61,18 +61,23 @@ class Sum:
 
 @dataclass(frozen=True)
 class Target:
-    """Σ w_k B_k A_k of each module by path, and Σ w_k of the clients that have the module (`weights`) and of all."""
+    """Σ w_k B_k A_k of each module by path, and Σ w_k of the clients that have the module (`weights`) and of all.
+
+    `lacks` are Σ w_k times what is known to be missing from a client's product, in norms, where anything is.
+    """
 
     weight: float
     sums: Mapping[str, Sum]
     weights: Mapping[str, float]
+    lacks: Mapping[str, float] = field(default_factory=dict)
 
 
 class Report(NamedTuple):
     """Figures of one round, in all and by module.
 
     `errors` are ‖applied − T‖_F / ‖T‖_F (NaN where T is 0), `effective_ranks` those of T by participation ratio,
-    `tails` the part of T's norm, from 0 to 1, that no adapter of the server's rank can hold.
+    `tails` the part of T's norm, from 0 to 1, that no adapter of the server's rank can hold. `lacks` is the part of it
+    that was not in what came.
     """
 
     error: float
@@ -80,6 +85,7 @@ class Report(NamedTuple):
     effective_ranks: Mapping[str, float]
     tail: float
     tails: Mapping[str, float]
+    lacks: float = 0.0
 
 
 def measured_modules(spec: AdapterSpec, hidden: Collection[str]) -> tuple[ModuleSpec, ...]:
@@ -101,14 +107,22 @@ def begin() -> Target:
     return Target(0.0, {}, {})
 
 
-def add(target: Target, modules: tuple[ModuleSpec, ...], received: Tensors, delta: Tensors, weight: float) -> Target:
-    """The target with one more client, which received an adapter and moved it by `delta`."""
+def add(
+    target: Target,
+    modules: tuple[ModuleSpec, ...],
+    received: Tensors,
+    delta: Tensors,
+    weight: float,
+    lacks: Mapping[str, float] | None = None,
+) -> Target:
+    """The target with one more client, which received an adapter and moved it by `delta`; `lacks` as in `Update`."""
     sums, weights = dict(target.sums), dict(target.weights)
+    missed = {path: target.lacks.get(path, 0.0) + weight * size for path, size in (lacks or {}).items()}
     for module in modules:
         product = products.scaled(factors(module, received, delta), weight)
         sums[module.path] = sums.get(module.path, Sum()).plus(product)
         weights[module.path] = weights.get(module.path, 0.0) + weight
-    return Target(target.weight + weight, sums, weights)
+    return Target(target.weight + weight, sums, weights, {**target.lacks, **missed})
 
 
 def means(target: Target, missing: str = "zero") -> dict[str, Factors]:
@@ -120,20 +134,34 @@ def means(target: Target, missing: str = "zero") -> dict[str, Factors]:
     return found
 
 
+def lacking(target: Target) -> dict[str, float]:
+    """At most how much of T is not in `means(target)`, by module path, in norms, where anything is."""
+    return {path: size / target.weight for path, size in target.lacks.items()}
+
+
 def report(
-    exact: Mapping[str, Factors], applied: Mapping[str, Factors], spectra: Mapping[str, products.Spectrum]
+    exact: Mapping[str, Factors],
+    applied: Mapping[str, Factors],
+    spectra: Mapping[str, products.Spectrum],
+    lacks: Mapping[str, float] | None = None,
 ) -> Report:
-    """Figures of what was applied against the exact mean, whose `spectra` are known; all by module."""
+    """Figures of what was applied against the exact mean, whose `spectra` are known; all by module.
+
+    What is known to be missing from `exact` (`lacks`) is counted as missed, at a right angle to all that is there.
+    """
+    missing = lacks or {}
     errors, effective, tails = {}, {}, {}
     missed = wanted = lost = 0.0
     for path, mean in exact.items():
         size, dropped, effective[path] = spectra[path]
         gap = _distance(applied[path], mean, size)
+        gap, size, dropped = (math.hypot(part, missing.get(path, 0.0)) for part in (gap, size, dropped))
         errors[path] = gap / size if size else math.nan
         tails[path] = dropped / size if size else math.nan
         missed, wanted, lost = missed + gap**2, wanted + size**2, lost + dropped**2
-    overall, tail = (math.sqrt(part / wanted) if wanted else math.nan for part in (missed, lost))
-    return Report(overall, errors, effective, tail, tails)
+    unknown = sum(size**2 for size in missing.values())
+    overall, tail, lacks = (math.sqrt(part / wanted) if wanted else math.nan for part in (missed, lost, unknown))
+    return Report(overall, errors, effective, tail, tails, lacks)
 
 
 def _distance(applied: Factors, exact: Factors, size: float) -> float:

@@ -28,7 +28,9 @@ class Method:
 
     `frozen` and `local` are patterns of tensors that are not trained, and that stay with their site; of the two
     `alternating` ones the first is trained in odd rounds, the second in even ones. `kinds` are those of
-    the modules that the method is for (none: all). `budget` bounds the rank of the residual (0: no bound).
+    the modules that the method is for (none: all). `budget` bounds the rank of the residual (0: no bound). `sketch` is
+    the width of the sketch by which sums alone give what the merge needs, as `sketch.width_of` reads it (None: they
+    cannot).
     """
 
     merge: Merge
@@ -38,3 +40,4 @@ class Method:
     pruning: Pruning | None = None
     kinds: tuple[str, ...] = ()
     budget: int = 0
+    sketch: int | None = None

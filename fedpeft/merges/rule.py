@@ -64,8 +64,8 @@ def rule(
     """The merge that weighs by the rule named `weights`, averages, and projects.
 
     Its measures are `drift`, the weighted root mean square distance of the clients' deltas from their mean over
-    the norm of the mean (NaN where that is zero), and, where the server sees both factors of low-rank modules,
-    `merge_error`, `effective_rank`s and `tail`s of the exact mean (see `exactness`).
+    the norm of the mean (NaN where that is zero, or an update stands for several clients), and, where the server sees
+    both factors of low-rank modules, `merge_error`, `effective_rank`s and `tail`s of the exact mean (see `exactness`).
     """
 
     def init(state: ServerState, keys: Collection[str], hidden: Collection[str]) -> _Fold:
@@ -86,8 +86,15 @@ def rule(
             plain=padded.add(fold.plain, delta, weight),
             low_rank=padded.add(fold.low_rank, delta, low_weight),
             weights=(fold.weights[0] + weight, fold.weights[1] + low_weight),
-            squares=fold.squares + weight * norm(delta) ** 2,
-            target=exactness.add(fold.target, exactness.held(fold.modules, received), received, delta, weight),
+            squares=fold.squares + (weight * norm(delta) ** 2 if contribution.update.count == 1 else math.nan),
+            target=exactness.add(
+                fold.target,
+                exactness.held(fold.modules, received),
+                received,
+                delta,
+                weight,
+                contribution.update.lacks,
+            ),
         )
 
     def finish(fold: _Fold) -> Merged:
@@ -103,7 +110,11 @@ def rule(
         size = norm(mean)
         variance = max(0.0, fold.squares / weight - size**2)
         drift = {"drift": math.sqrt(variance) / size if size else math.nan}
-        return Merged(projected.delta, projected.residual, {**drift, **_exactness(gathered, projected)})
+        return Merged(
+            projected.delta,
+            projected.residual,
+            {**drift, **_exactness(gathered, projected, exactness.lacking(fold.target))},
+        )
 
     plain = project is as_is and reweigh is as_given
     return Merge(
@@ -120,8 +131,10 @@ def rule(
     )
 
 
-def _exactness(gathered: Gathered, projected: Projected) -> Mapping[str, float | Mapping[str, float]]:
-    """The journal's figures of what a projection did with the exact mean."""
+def _exactness(
+    gathered: Gathered, projected: Projected, lacks: Mapping[str, float]
+) -> Mapping[str, float | Mapping[str, float]]:
+    """The journal's figures of what a projection did with the exact mean, of which nobody knows what it `lacks`."""
     if not gathered.modules:
         return {}
     before, applied, spectra = gathered.state.adapter.tensors, {}, {}
@@ -131,11 +144,12 @@ def _exactness(gathered: Gathered, projected: Projected) -> Mapping[str, float |
         extra: Factors | None = projected.residual.get(path)
         applied[path] = products.stack([after, extra]) if extra else after
         spectra[path] = projected.spectra.get(path) or products.spectrum(exact, module.rank)
-    found = exactness.report(gathered.exact, applied, spectra)
+    found = exactness.report(gathered.exact, applied, spectra, lacks)
     return {
         "merge_error": found.error,
         "merge_errors": found.errors,
         "effective_ranks": found.effective_ranks,
         "tail": found.tail,
         "tails": found.tails,
+        **({"merge_lacks": found.lacks} if lacks else {}),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -66,6 +66,10 @@ class Channel:
     noise: ClientNoise | None = None
     signed: bool = False
     seed: int = 0
+
+    def roomier(self, times: float) -> Channel:
+        """The channel with room for updates so many times as long."""
+        return replace(self, clip_norm=times * self.clip_norm)
 
     @property
     def grid(self) -> Grid:
