@@ -237,6 +237,23 @@ def test_a_run_from_settings_to_export(fedpeft: Command, tiny_run: str, tmp_path
                 "the run moves": "17.9 kB over 4 rounds",
             },
         ),
+        # 25 bits each, whatever the rank: 4 sketches of 16 × 14 and a head of 51; then 4 projections of 14 × 16.
+        (
+            (
+                "aggregation.merge.rule=flexlora",
+                "aggregation.merge.flexlora.weights=uniform",
+                "federation.channel.kind=secure",
+                "federation.ranks.rule=listed",
+                "federation.ranks.listed.ranks=[1, 3]",
+            ),
+            {
+                "rank 1 sends": "5.76 kB a round",
+                "rank 3 sends": "5.76 kB a round",
+                "rank 1 receives": "4.30 kB a round",
+                "rank 3 receives": "5.32 kB a round",
+                "not counted": "keys and shares of secure sums",
+            },
+        ),
         (("adapter.family=ia3",), {"merge rule": "fedavg", "a client receives": "780 B a round"}),
     ],
 )

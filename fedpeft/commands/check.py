@@ -29,7 +29,8 @@ from fedpeft.experiment import (
     test_examples,
 )
 from fedpeft.merges import Method
-from fedpeft.privacy import SAMPLERS
+from fedpeft.privacy import SAMPLERS, Channel
+from fedpeft.privacy.secure.packing import size_bytes
 from fedpeft.ranks import RankRule
 from fedpeft.report.tables import Table, render_plain
 from fedpeft.report.units import between, human_bytes, human_count
@@ -162,11 +163,14 @@ def traffic(config: RunConfig, spec: AdapterSpec) -> _Rows:
     """Who sends how much of an adapter of `spec`, by rank, in a round and in the run, and what the rule adds to it."""
     rule, strategy = ranks_of(config), strategy_of(config)
     sizes = {rank: messages(strategy, at_rank(spec, rank)) for rank in _possible(rule, spec)}
+    if strategy.channel:
+        sizes = {rank: _under_masks(strategy, strategy.channel, spec, size, config) for rank, size in sizes.items()}
     return (
         ("merge rule", config.aggregation.merge.name),
         *(("averaged inexactly", f"{kind}: {why}") for kind, why in inexact(spec).items()),
         *_ranks(config.federation.ranks.name, rule, sizes),
         *_totals(config, rule, sizes),
+        *((("not counted", "keys and shares of secure sums"),) if strategy.channel else ()),
         *_residual(parts_of(config).method, spec),
     )
 
@@ -184,6 +188,21 @@ def messages(strategy: Strategy, spec: AdapterSpec) -> Messages:
         tuple(sent),
         strategy.stage.turns,
     )
+
+
+def _under_masks(
+    strategy: Strategy, channel: Channel, spec: AdapterSpec, size: Messages, config: RunConfig
+) -> Messages:
+    """What travels in secure sums: integers, as many at every rank; with two sums, those of both, and bases between."""
+    cohort, bases = config.federation.cohort, 0
+    up: list[int] = []
+    for round_ in range(1, strategy.stage.period + 1):
+        passes = strategy.passes(spec, round_)
+        sums = [strategy.stage.shared(spec, round_)] if passes is None else [passes.first, passes.second]
+        counts = [one.parameters for one in sums]
+        up.append(sum(size_bytes(count, channel.width(cohort, count)) for count in counts))
+        bases = dense().size(passes.bases) if passes else 0
+    return size._replace(first=size.first + bases, down=size.down + bases, up=tuple(up))
 
 
 def _possible(rule: RankRule, spec: AdapterSpec) -> tuple[int, ...]:

@@ -160,8 +160,8 @@ def report(
         tails[path] = dropped / size if size else math.nan
         missed, wanted, lost = missed + gap**2, wanted + size**2, lost + dropped**2
     unknown = sum(size**2 for size in missing.values())
-    overall, tail, lacks = (math.sqrt(part / wanted) if wanted else math.nan for part in (missed, lost, unknown))
-    return Report(overall, errors, effective, tail, tails, lacks)
+    overall, tail, lacked = (math.sqrt(part / wanted) if wanted else math.nan for part in (missed, lost, unknown))
+    return Report(overall, errors, effective, tail, tails, lacked)
 
 
 def _distance(applied: Factors, exact: Factors, size: float) -> float:

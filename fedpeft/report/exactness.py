@@ -14,7 +14,7 @@ _LEAST_DROPPED = 1e-6
 
 def merge_words(run: History) -> str:
     """What the journal's figures of the merges mean and what they come to; empty where there are none."""
-    said = (_verdict(run), _tail(run), _residual(run), _used(run), _flag(run))
+    said = (_verdict(run), _tail(run), _lacks(run), _residual(run), _used(run), _flag(run))
     told = [sentence for sentence in said if sentence]
     return " ".join([_meaning(run), *told]) if told else ""
 
@@ -63,6 +63,20 @@ def _verdict(run: History) -> str:
         return f"Every error is below {100 * ROUNDING:g} %{exact}."
     most = f"; the greatest was {relative(greatest)}, in round {at}" if at != now else ""
     return f"In round {now} the error was {relative(last)}{most}."
+
+
+def _lacks(run: History) -> str:
+    """Of means of which the server has seen a projection alone: how much lies outside it, and where they were lost."""
+    found = [record["merge_lacks"] for record in run.rounds if "merge_lacks" in record]
+    if not found:
+        return ""
+    known = [share for share in found if share is not None]
+    lost = len(found) - len(known)
+    most = f", {relative(max(known))} of a mean at most as far as a few columns tell," if known else ","
+    stayed = (
+        f" In {lost} of {len(found)} rounds a site fell silent between the two, and products stayed." if lost else ""
+    )
+    return f"Products were summed by way of a sketch; what lay outside it{most} counts as missed.{stayed}"
 
 
 def _flag(run: History) -> str:

@@ -113,6 +113,7 @@ def _sums(config: Record) -> tuple[str, ...]:
     return (
         "Protected: each client's update, from a server that keeps to the protocol. It saw sums of the updates of "
         f"{least} clients or more and no update alone.",
+        *_IN_TWO.get(str(config.get("aggregation.merge.rule")), ()),
         signed,
     )
 
@@ -176,6 +177,14 @@ def _promise(config: Record, name: str, spent: float) -> str:
 def _noise(config: Record, name: str) -> str:
     return f"{config.get(f'privacy.{name}.noise_multiplier', math.nan):g}"
 
+
+_IN_TWO: Mapping[str, tuple[str, ...]] = {
+    "flexlora": (
+        "Of what adapters do it saw two sums in a round, over the same clients: of random sketches, and of products as "
+        "far as they lie in the space of the first. Clients open no second sum without all clients of the first.",
+    )
+}
+"""What to say of rules that need more than one sum."""
 
 _WORDS: Mapping[str, Callable[[Record, float], tuple[str, ...]]] = {
     "none": _none,

@@ -185,7 +185,16 @@ def test_the_whole_weighs_modules_by_their_size() -> None:
         {"q": 1.0, "v": 2.0},
         pytest.approx(math.sqrt(2.25 / 10)),
         {"q": 0.0, "v": 0.5},
+        0.0,
     )
+
+
+def test_what_is_known_to_be_missing_counts_as_missed() -> None:
+    one = Factors(np.ones((1, 1)), np.ones((1, 1)))
+    spectra = {"q": products.Spectrum(1.0, 0.0, 1.0)}
+    report = exactness.report({"q": one}, {"q": one}, spectra, {"q": 0.75})
+    assert (report.error, report.tail, report.lacks) == (pytest.approx(0.6), pytest.approx(0.6), pytest.approx(0.6))
+    assert math.isnan(exactness.report({"q": one}, {"q": one}, spectra, {"q": math.nan}).error)
 
 
 def test_nothing_at_all_has_no_error() -> None:

@@ -50,6 +50,13 @@ def test_a_tail_that_is_rounding_is_not_told(tail, told, tell):
     assert ("tail" in words) is told
 
 
+def test_a_mean_that_was_seen_through_a_sketch_says_how_much_of_it_was_not(tell):
+    said = merge_words(run(tell, *({"merge_error": 0.1, "merge_lacks": share} for share in (0.02, 0.05, None))))
+    assert "what lay outside it, 5.0 % of a mean at most as far as a few columns tell, counts as missed." in said
+    assert "In 1 of 3 rounds a site fell silent between the two, and products stayed." in said
+    assert "sketch" not in merge_words(run(tell, {"merge_error": 0.1}))
+
+
 def test_a_last_error_that_is_the_greatest_is_told_once(tell):
     words = merge_words(run(tell, {"merge_error": 0.1}, {"merge_error": 0.2}))
     assert words.endswith("In round 2 the error was 20.0 %.")

@@ -34,6 +34,11 @@ CENTRAL, OWN_ROWS = {"privacy.central.sampler": "fixed"}, {"privacy.example.rows
         ("none", SUMS, ["No ε is promised", "sums of the updates of 5 clients or more and no update alone"]),
         ("central", SUMS, ["unit is a client", "Clients added the noise", "no draw is counted", "5 clients or more"]),
         ("example", {**SUMS, **OWN_ROWS}, ["unit is an example", "5 clients or more and no update alone"]),
+        (
+            "none",
+            {**SUMS, "aggregation.merge.rule": "flexlora"},
+            ["no update alone", "two sums in a round, over the same clients", "no second sum without all clients"],
+        ),
         ("local", SUMS, ["unit is a client", "5 clients or more and no update alone"]),
     ],
 )
