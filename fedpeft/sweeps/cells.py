@@ -56,6 +56,7 @@ def cells_of(plan: Plan, overrides: Sequence[str] = ()) -> tuple[Path, list[Cell
         for seed in seeds
         for grid in plan.grids
         for names in itertools.product(*(plan.axes[axis] for axis in grid.axes))
+        if " ".join(names) not in grid.omit
     ]
     return root, cells
 

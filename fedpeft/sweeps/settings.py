@@ -5,6 +5,7 @@ It stands beside the settings of a run and is no part of them: it never reaches 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ Axes = Mapping[str, Mapping[str, tuple[str, ...]]]
 class Grid:
     """Every combination of the variants of `axes`, all told `set` too.
 
+    Those in `omit`, each its variants with spaces between, in the order of the axes, are left out.
     `measure` names a function of this project, `module:function`, that is given a finished run's folder and tells
     figures of it; its words are code that runs on this machine, so they are those of whoever starts the sweep.
     """
@@ -37,6 +39,7 @@ class Grid:
     axes: tuple[str, ...] = ()
     set: tuple[str, ...] = ()
     measure: str = ""
+    omit: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require(bool(_NAME.fullmatch(self.name)), "name", expected="letters, digits and . + - _", found=repr(self.name))
@@ -125,6 +128,11 @@ def _grids(tables: Any, axes: Axes) -> tuple[Grid, ...]:
             _require(
                 axis in axes, f"{KEY}.grids[{at}].axes", f"some of {', '.join(axes)}", repr(axis), "name one of them"
             )
+        known = [" ".join(names) for names in itertools.product(*(axes[axis] for axis in grid.axes))]
+        odd = next((one for one in grid.omit if one not in known), None)
+        place = f"{KEY}.grids[{at}].omit"
+        _require(odd is None, place, f"combinations such as {known[0]!r}", repr(odd), "correct it, or leave it out")
+        _require(len(set(grid.omit)) < len(known), place, "some combination left to run", "none", "shorten the list")
         taken = [other.name for other in found]
         _require(grid.name not in taken, f"{KEY}.grids[{at}].name", "another name", repr(grid.name), "rename it")
         found.append(grid)

@@ -59,6 +59,12 @@ def test_grids_choose_their_axes_and_share_settings(tmp_path: Path) -> None:
     ]
 
 
+def test_what_is_omitted_is_not_run(tmp_path: Path) -> None:
+    grid = '[[sweep.grids]]\naxes = ["rule", "rate"]\nomit = ["ffa slow", "fedavg fast"]\n'
+    cells = cells_of(read_plan(written(tmp_path, GOOD + grid), ["sweep.seeds=4"]))[1]
+    assert [tuple(name for _, name in cell.variants) for cell in cells] == [("fedavg", "slow"), ("ffa", "fast")]
+
+
 @pytest.mark.parametrize(
     ("text", "place", "words"),
     [
@@ -74,6 +80,16 @@ def test_grids_choose_their_axes_and_share_settings(tmp_path: Path) -> None:
         ("[sweep]\ngrids = []", "sweep.grids", "at least one"),
         ("[[sweep.grids]]\naxes = ['rate']", "sweep.grids[0].axes", "'rate'"),
         ("[[sweep.grids]]\n[[sweep.grids]]", "sweep.grids[1].name", "'runs'"),
+        (
+            "[sweep.axes.rate]\nslow = []\n[[sweep.grids]]\naxes = ['rate']\nomit = ['slo']",
+            "sweep.grids[0].omit",
+            "such as 'slow', found 'slo'",
+        ),
+        (
+            "[sweep.axes.rate]\nslow = []\n[[sweep.grids]]\naxes = ['rate']\nomit = ['slow']",
+            "sweep.grids[0].omit",
+            "some combination left",
+        ),
         ("[sweep.axes.rate]\nslow = ['training.learning_rat=3']", "sweep cell runs slow", "learning_rate"),
     ],
 )
