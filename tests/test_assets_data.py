@@ -116,7 +116,7 @@ def dictionary(name: str, entries: Mapping[str, str]) -> dict[str, bytes]:
         index.append(f"{word}\t{in_dictd_digits(len(text))}\t{in_dictd_digits(len(data))}\n")
         text += data
     folder = "./usr/share/dictd"
-    packed = gzip.compress(text)
+    packed = gzip.compress(text, mtime=0)
     files = {f"{folder}/{name}.index": "".join(sorted(index)).encode(), f"{folder}/{name}.dict.dz": packed}
     return notice(f"dict-{name}") | files
 
@@ -165,7 +165,7 @@ def test_an_index_that_points_behind_the_end_is_refused(tmp_path: Path) -> None:
 
 
 def idx(shape: tuple[int, ...], values: bytes) -> bytes:
-    return gzip.compress(bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes() + values)
+    return gzip.compress(bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes() + values, mtime=0)
 
 
 def photographs(**changed: bytes) -> dict[str, bytes]:
@@ -195,7 +195,7 @@ def test_images_become_one_array_and_a_row_for_each(tmp_path: Path) -> None:
     ("name", "data", "complaint"),
     [
         ("train-images-idx3-ubyte.gz", idx((3, 2, 2), bytes(11)), "is cut off"),
-        ("train-labels-idx1-ubyte.gz", gzip.compress(b"\x00\x00\x0d\x01"), "not an IDX file of uint8"),
+        ("train-labels-idx1-ubyte.gz", gzip.compress(b"\x00\x00\x0d\x01", mtime=0), "not an IDX file of uint8"),
         ("train-labels-idx1-ubyte.gz", idx((2,), bytes(2)), "not as many labels as images"),
     ],
 )

@@ -16,6 +16,13 @@ CENTRAL = (
 SUMS = (*RULE, "federation.channel.kind=secure")
 """Masks are secret and fall out of the sum; what rounds the numbers under them comes from the run's seed."""
 
+PRODUCTS = (
+    "aggregation.merge.rule=flexlora",
+    "aggregation.merge.flexlora.weights=uniform",
+    "federation.channel.kind=secure",
+)
+"""Two sums a round, of sketches and of products."""
+
 EXAMPLE = ("privacy.mechanism=example", "privacy.example.noise_multiplier=1.5", "privacy.example.entropy=seed")
 """Noise in each step of each client's training, from the run's seed."""
 

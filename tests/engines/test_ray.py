@@ -13,7 +13,7 @@ from fedpeft import journal
 from fedpeft.runs import RunFolder
 from tests.engines import processes
 from tests.engines.conftest import ROOT, SHRUNK, adapter
-from tests.engines.private import CENTRAL, EXAMPLE, LOCAL, SUMS
+from tests.engines.private import CENTRAL, EXAMPLE, LOCAL, PRODUCTS
 
 pytestmark = [pytest.mark.engines, pytest.mark.assets]
 THREE = ("federation.clients=3", "federation.cohort=2")
@@ -58,7 +58,7 @@ def test_ray_gives_the_bytes_of_the_in_process_engine_and_so_does_resuming(
     assert adapter(folder.root) == expected
 
 
-@pytest.mark.parametrize("private", [CENTRAL, (*SUMS, *EXAMPLE)], ids=["central", "sums of example-level updates"])
+@pytest.mark.parametrize("private", [CENTRAL, (*PRODUCTS, *EXAMPLE)], ids=["central", "sums of example-level products"])
 def test_a_private_run_on_ray_gives_the_bytes_of_the_in_process_engine(
     tmp_path: Path, in_process: Callable[..., bytes], private: tuple[str, ...]
 ) -> None:
