@@ -38,25 +38,33 @@ from fedpeft.updates import ServerState
 
 def bare_round(config: RunConfig, adapted: AdaptedModel, cohort: Sequence[int]) -> None:
     """The cohort's local steps of round 1, and nothing else."""
-    training, pad = config.training, int(adapted.tokenizer.pad_token_id)
-    parameters = [binding.parameter for binding in adapted.bindings.values()]
-    adapted.model.train()
+    pad = int(adapted.tokenizer.pad_token_id)
     for partition in cohort:
-        optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
-        stream = batches_from(site_examples(config, partition), training.batch_size, config.seed, partition, 0)
-        for examples in islice(stream, training.steps):
-            width = max(len(example.tokens) for example in examples)
-            ids = torch.full((len(examples), width), pad)
-            mask = torch.zeros((len(examples), width), dtype=torch.long)
-            for row, example in enumerate(examples):
-                ids[row, : len(example.tokens)] = torch.tensor(example.tokens)
-                mask[row, : len(example.tokens)] = 1
-            labels = torch.tensor([example.label for example in examples])
-            logits = adapted.model(input_ids=ids, attention_mask=mask).logits
-            torch.autograd.backward(torch.nn.functional.cross_entropy(logits, labels))
-            torch.nn.utils.clip_grad_norm_(parameters, training.max_gradient_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        bare_fit(config, adapted.model, pad, partition)
+
+
+def bare_fit(config: RunConfig, model: torch.nn.Module, pad: int, partition: int) -> int:
+    """One client's local steps of round 1 on whatever of `model` is trained; how many examples that were."""
+    training, seen = config.training, 0
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.train()
+    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+    stream = batches_from(site_examples(config, partition), training.batch_size, config.seed, partition, 0)
+    for examples in islice(stream, training.steps):
+        width = max(len(example.tokens) for example in examples)
+        ids = torch.full((len(examples), width), pad)
+        mask = torch.zeros((len(examples), width), dtype=torch.long)
+        for row, example in enumerate(examples):
+            ids[row, : len(example.tokens)] = torch.tensor(example.tokens)
+            mask[row, : len(example.tokens)] = 1
+        labels = torch.tensor([example.label for example in examples])
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        torch.autograd.backward(torch.nn.functional.cross_entropy(logits, labels))
+        torch.nn.utils.clip_grad_norm_(parameters, training.max_gradient_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen += len(examples)
+    return seen
 
 
 def federated_round(config: RunConfig, adapted: AdaptedModel, folder: RunFolder) -> tuple[int, ...]:

@@ -23,17 +23,19 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from fedpeft.cli import script
-from fedpeft.config import load
+from fedpeft.config import RunConfig, load
 from fedpeft.errors import ConfigError, sentence
 from fedpeft.files import write_atomically
-from fedpeft.report.units import times
+from fedpeft.report.units import relative, times
 from fedpeft.sweeps.running import run_sweep
 from fedpeft.version import VERSION
-from simulations.benchmarks import merge, sent, workers
+from simulations.benchmarks import against_flower, merge, peak, sent, workers
 from simulations.benchmarks.ways import DENSE, EXACT, Cell
 
 EDGE, OTHER = ((1, 16), (4, 16)), ((4, 64), (16, 64))
 """Rows of a batch, and tokens that a row is cut at: as on an edge device, and otherwise."""
+
+USEFUL = "| rows × tokens | of the matmul peak, ours | bare loop |\n|---|---:|---:|"
 
 MERGED = Cell(4096, 10)
 LIBRARIES = ("flwr", "torch", "transformers", "peft", "numpy")
@@ -42,11 +44,19 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 WORDS: Mapping[str, str] = {
     "edge_vs_bare_loop": "client updates a second over a bare PyTorch loop, batches of 1 × 16 and 4 × 16 tokens",
     "any_vs_bare_loop": "the same, batches of 4 × 64 and 16 × 64 tokens",
+    "useful_flops": "operations that steps need over the machine's measured matmul peak, batches of the demo",
+    "vs_flower_ray": "faster than Flower on Ray with a model a message, whole processes, three rounds of the demo",
+    "vs_flower_ray_warm": "the same, a round after the first",
+    "vs_flower_ray_edge": "faster than that, whole processes, batches of 1 × 16 tokens",
+    "vs_flower_ray_edge_warm": "the same, a round after the first",
     "bytes_vs_lora_fp32": "fewer bytes, both ways, than FedAvg on LoRA in float32, accuracy within half a point",
     "bytes_vs_full": "fewer bytes, both ways, than full fine-tuning in float32, accuracy within half a point",
     "merge_vs_dense_4096": "faster exact merge of ten unlike ranks at n = 4096 than forming the mean for an SVD",
 }
 """What each ratio says, in the order of the table."""
+
+SHARES = ("useful_flops",)
+"""Those that are parts of a whole, and no times."""
 
 
 class Ratio(NamedTuple):
@@ -65,12 +75,14 @@ class Part(NamedTuple):
 
 
 class Size(NamedTuple):
-    """How much is measured."""
+    """How much is measured; `rounds` and `pairs` of processes against Flower."""
 
     clients: int
     repeats: int
     overrides: tuple[str, ...]
     ways: Sequence[workers.Way]
+    rounds: int = 3
+    pairs: int = 2
 
 
 FULL = Size(clients=12, repeats=3, overrides=("training.steps=2",), ways=workers.ways_of(2))
@@ -84,17 +96,37 @@ def spread(values: Sequence[float]) -> Ratio:
 def speed(settings: Path, size: Size) -> Part:
     """Client updates a second of the in-process engine over a bare loop; for each size of batch its best setting."""
     first, table = load(settings, list(size.overrides)), [workers.HEADING]
-    ratios = {}
+    ratios, useful = {}, {}
+    top = peak.peak(max(count for count, _ in size.ways))
     for name, shapes in (("edge_vs_bare_loop", EDGE), ("any_vs_bare_loop", OTHER)):
         best = []
         for rows, tokens in shapes:
             config = workers.shaped(first, rows, tokens)
             found = workers.measure(config, size.ways, size.clients, size.repeats)
             table += workers.rows(config, size.clients, found)
-            ours = [workers.over_bare(found, way) for way in size.ways if way[1] != workers.BARE]
-            best.append(spread(max(ours, key=statistics.median)))
+            ours = {way: workers.over_bare(found, way) for way in size.ways if way[1] != workers.BARE}
+            best_way = max(ours, key=lambda way: statistics.median(ours[way]))
+            best.append(spread(ours[best_way]))
+            useful[rows, tokens] = _useful(config, size.clients, found, best_way, top)
         ratios[name] = min(best)
-    return Part(ratios, ["\n".join(table)])
+    ratios["useful_flops"] = useful[OTHER[-1]][0]
+    return Part(ratios, ["\n".join(table), "\n".join([USEFUL, *_useful_lines(useful)])])
+
+
+def _useful(
+    config: RunConfig, clients: int, found: Sequence[Mapping[workers.Way, float]], way: workers.Way, top: float
+) -> tuple[Ratio, Ratio]:
+    """The share of the peak `top` that goes into what steps need: of ours, and of the faster bare loop."""
+    needed = peak.operations(config, clients) / top
+    bare = [min(seconds for one, seconds in each.items() if one[1] == workers.BARE) for each in found]
+    return spread([needed / each[way] for each in found]), spread([needed / seconds for seconds in bare])
+
+
+def _useful_lines(useful: Mapping[tuple[int, int], tuple[Ratio, Ratio]]) -> list[str]:
+    return [
+        f"| {rows} × {tokens} | {ours.median:.2f} | {bare.median:.2f} |"
+        for (rows, tokens), (ours, bare) in useful.items()
+    ]
 
 
 def bytes_sent(settings: Path, size: Size) -> Part:  # noqa: ARG001 - as many runs as the sweep's file names
@@ -122,7 +154,24 @@ def merging(settings: Path, size: Size) -> Part:  # noqa: ARG001 - one cell, who
     )
 
 
-PARTS: Mapping[str, Callable[[Path, Size], Part]] = {"speed": speed, "bytes": bytes_sent, "merge": merging}
+def flower(settings: Path, size: Size) -> Part:
+    """How many times faster than Flower's Ray engine with a model for each message: as the settings are, and small."""
+    first, edge = load(settings, []), workers.shaped(load(settings, list(size.overrides)), *EDGE[0])
+    ratios, table = {}, [against_flower.HEADING]
+    for name, words, config in (("vs_flower_ray", "as set", first), ("vs_flower_ray_edge", "1 × 16 tokens", edge)):
+        found = against_flower.measure(against_flower.task(config, size.rounds), size.pairs)
+        over = against_flower.over_flower(found)
+        ratios |= {name: spread(over["whole"]), f"{name}_warm": spread(over["warm"])}
+        table += against_flower.rows(words, found)
+    return Part(ratios, ["\n".join(table)])
+
+
+PARTS: Mapping[str, Callable[[Path, Size], Part]] = {
+    "speed": speed,
+    "flower": flower,
+    "bytes": bytes_sent,
+    "merge": merging,
+}
 
 
 def results(parts: Mapping[str, Part], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -149,8 +198,9 @@ def summary(found: Mapping[str, Any]) -> str:
     for name, words in WORDS.items():
         if name in found["ratios"]:
             bounds = found["spread"][name]
-            around = f"{times(bounds['least'])} to {times(bounds['most'])}"
-            lines.append(f"| {words} | {times(found['ratios'][name])} | {around} |")
+            shown = relative if name in SHARES else times
+            around = f"{shown(bounds['least'])} to {shown(bounds['most'])}"
+            lines.append(f"| {words} | {shown(found['ratios'][name])} | {around} |")
     machine, versions = found["machine"], found["versions"]
     made = f"Measured {found['made']} on {machine['cpus']} cores ({machine['processor']})"
     return "\n".join([*lines, "", f"{made}, torch {versions['torch']}, by `make bench`."])

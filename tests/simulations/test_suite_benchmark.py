@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from fedpeft import journal
+from fedpeft.config import load, override
 from fedpeft.errors import ConfigError
-from simulations.benchmarks import merge, sent, suite
+from fedpeft.experiment import resolve
+from simulations.benchmarks import against_flower, merge, peak, sent, suite
+from simulations.benchmarks.against_flower import Took
 from simulations.benchmarks.suite import BEGIN, END, WORDS, Part, Ratio, Size
 from simulations.benchmarks.ways import DENSE, EXACT, Cell
 from simulations.benchmarks.workers import BARE
@@ -62,12 +66,61 @@ def test_speed_is_that_of_the_best_setting_in_the_size_of_batch_that_it_gains_le
     monkeypatch.setattr(suite, "EDGE", ((1, 8), (2, 8)))
     monkeypatch.setattr(suite, "OTHER", ((2, 16),))
     found = suite.speed(settings, Size(2, 2, ("training.steps=1",), ((1, BARE), (1, "off"), (1, "on"))))
-    assert list(found.ratios) == ["edge_vs_bare_loop", "any_vs_bare_loop"]
+    assert list(found.ratios) == ["edge_vs_bare_loop", "any_vs_bare_loop", "useful_flops"]
+    assert found.ratios["useful_flops"].most < 1
     assert all(0 < one.least <= one.median <= one.most for one in found.ratios.values())
     assert [line.split(" | ")[:3] for line in found.tables[0].splitlines()[2:5]] == [
         ["| 1 × 8", "1", how] for how in (BARE, "off", "on")
     ]
     assert len(found.tables[0].splitlines()) == 2 + 9
+    assert [line.split(" | ")[0] for line in found.tables[1].splitlines()[2:]] == ["| 1 × 8", "| 2 × 8", "| 2 × 16"]
+
+
+def test_operations_are_those_of_matrix_products_forward_and_back_to_the_lowest_adapter(
+    tiny_run: str, tmp_path: Path, one_thread: None
+) -> None:
+    (tmp_path / "run.toml").write_text(tiny_run)
+    config = resolve(override(load(tmp_path / "run.toml", []), ["training.steps=1", "training.batch_size=2"]))
+    once = peak.operations(config, 1)
+    assert peak.operations(override(config, ["training.steps=3"]), 1) > 2 * once
+    assert peak.operations(config, 2) > 1.5 * once
+    upper = peak.operations(resolve(override(config, ["adapter.lora.layers=1"])), 1)
+    assert upper < 0.8 * once
+
+
+def test_the_peak_is_more_than_one_product_reaches() -> None:
+    assert peak.peak(1) >= 0.7 * peak._rate(64, 64, 64) > 0
+
+
+def test_both_sides_are_timed_as_whole_processes_and_by_their_own_rounds(
+    tiny_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.toml").write_text(tiny_run)
+    config = against_flower.task(load(tmp_path / "run.toml", []), 3, ["compute.cohort=off"])
+    own = against_flower.ours(config, tmp_path)
+    assert 0 < own.warm < own.whole
+
+    def said(command: list[str], home: Path) -> tuple[float, str]:
+        return 40.0, 'noise\n{"rounds": [1.0, 21.0, 24.0, 28.0], "whole": 30.0}'
+
+    monkeypatch.setattr(against_flower, "_process", said)
+    other = against_flower.flowers(config, tmp_path)
+    assert other == Took(40.0, 3.5)
+    over = against_flower.over_flower([(Took(2.0, 0.5), other)])
+    assert over == {"whole": [20.0], "warm": [7.0]}
+    assert against_flower.rows("demo", [(own, other)])[1] == "| demo | Flower, Ray, a model a message | 40.0 | 3.50 |"
+
+
+def test_a_process_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match=r"nowhere failed: .*No module named nowhere"):
+        against_flower._process(["-m", "nowhere"], tmp_path)
+
+
+@pytest.mark.engines
+def test_the_usual_flower_app_trains_in_every_round(tiny_run: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(tiny_run)
+    found = against_flower.flowers(against_flower.task(load(tmp_path / "run.toml", []), 3), tmp_path)
+    assert 0 < found.warm < found.whole
 
 
 def test_a_merge_is_held_against_the_dense_one_of_the_same_cell(monkeypatch: pytest.MonkeyPatch) -> None:
