@@ -97,7 +97,7 @@ class Duty:
 def work(pipe: Connection, duty: Duty) -> None:
     """Answers part after part until the pipe or the process that started this one ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    follow_parent()
     use_threads(duty.threads)
     model = replace(duty.config.model, device=device_for(duty.config.model.device, duty.number))
     config = replace(duty.config, model=model)
@@ -129,6 +129,11 @@ def _answered(part: Part, config: RunConfig, sites: Callable[[int], Site]) -> An
         text = sentence("worker", expected="answers of its clients", found=found, remedy=remedy)
         return Answered(part.ticket, error=FederationError(text))
     return Answered(part.ticket, replies, tuple(noted.saved))
+
+
+def follow_parent() -> None:
+    """From now on this process ends as soon as the one that started it has, however that ended."""
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
 
 
 def _end_with_parent() -> None:

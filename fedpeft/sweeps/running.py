@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from fedpeft.engines.worker import follow_parent
 from fedpeft.errors import FederationError, FedPeftError, sentence
 from fedpeft.files import write_atomically
 from fedpeft.locks import held
@@ -68,7 +69,7 @@ def run_sweep(path: Path, overrides: Sequence[str], tell: Tell) -> tuple[Path, s
 def _outcomes(cells: Sequence[Cell], workers: int) -> Iterator[tuple[int, Row | FedPeftError]]:
     """What each cell comes to, as it ends."""
     context = multiprocessing.get_context("spawn")  # a fork would share torch's threads
-    pool = ProcessPoolExecutor(min(workers, len(cells)), mp_context=context)
+    pool = ProcessPoolExecutor(min(workers, len(cells)), mp_context=context, initializer=follow_parent)
     waiting: dict[Future[Any], int] = {pool.submit(finish, cell): at for at, cell in enumerate(cells)}
     try:
         for future in as_completed(waiting):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fedpeft import journal
@@ -93,6 +95,30 @@ def test_a_cell_that_was_cut_off_is_resumed(plan: Callable[..., Path]) -> None:
     assert after[:4] == before[:4]
     assert any(record["event"] == "resume" and record["round"] >= 3 for record in after)
     assert [record["round"] for record in after if record["event"] == "round"] == list(range(1, 21))
+
+
+def test_no_worker_outlives_a_sweep_that_is_killed(plan: Callable[..., Path]) -> None:
+    path = plan(SWEEP, rounds=100_000)
+    command = [sys.executable, "-m", "fedpeft", "simulate", str(path), "--quiet"]
+    root = path.parent / "out"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    family: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + LONGEST_SECONDS
+        while not any(lines(path) > 2 for path in root.glob("cells/*/journal.jsonl")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 2
+        process.kill()
+        assert psutil.wait_procs(family, timeout=30)[1] == []
+    finally:
+        process.kill()
+        process.wait()
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def lines(path: Path) -> int:
