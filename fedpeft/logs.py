@@ -39,7 +39,7 @@ _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("no answer in time", r"within the deadline|timed? ?out|in time"),
         ("not connected", r"not connected|unavailable|connection"),
         ("not delivered", r"could not be handed"),
-        ("out of memory", r"memory"),
+        ("out of memory", r"(?<!this node's )memory"),  # what a node remembers is another matter
         ("disk", r"no space left|disk|not writable|room to write"),
         ("stopped with an error", r"flower's error"),
         ("quarantined", r"quarantine"),

@@ -174,6 +174,7 @@ def test_what_quotes_data_or_names_a_path_is_not_in_what_is_shipped(written: io.
         ("no answer within the deadline", "no answer in time"),
         ("its node is not connected", "not connected"),
         ("out of memory", "out of memory"),
+        ("expected the adapter after round 3 in this node's memory, found none", "another reason"),
         ("boom (Flower's error 2)", "stopped with an error"),
         ("update of partition 1: expected finite numbers, found nan", "not finite"),
         ("update of partition 1: expected a norm of at most 2, found 9", "norm too great"),

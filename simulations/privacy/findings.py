@@ -64,13 +64,19 @@ def require_same(config: RunConfig, root: Path) -> RunFolder:
         ConfigError: it is another one, so what is found of `config` does not hold of it.
     """
     folder, stored = reopen(root, [])
-    theirs, ours = to_flat(stored), to_flat(config)
-    unlike = sorted(key for key in theirs | ours if theirs.get(key) != ours.get(key) and not key.startswith(_FREE))
-    if unlike:
+    differing = unlike(config, stored)
+    if differing:
         remedy = f"give the settings of {folder.config}"
         expected = f"the settings of the run in {root}"
-        raise ConfigError(sentence("--report", expected=expected, found=f"another {', '.join(unlike)}", remedy=remedy))
+        found_ = f"another {', '.join(differing)}"
+        raise ConfigError(sentence("--report", expected=expected, found=found_, remedy=remedy))
     return folder
+
+
+def unlike(one: RunConfig, other: RunConfig) -> list[str]:
+    """The settings in which two runs differ, but for their seeds and what cannot change what is found of them."""
+    ours, theirs = to_flat(one), to_flat(other)
+    return sorted(key for key in theirs | ours if theirs.get(key) != ours.get(key) and not key.startswith(_FREE))
 
 
 _FREE = ("out", "name", "seed", "compute.", "observation.", "evaluation.", "model.device")

@@ -28,6 +28,7 @@ from fedpeft.merges.exactness import measured_modules
 from fedpeft.merges.gram import flat_gram, update_gram
 from fedpeft.merges.robust import Judge, bulyan_selection, geometric_median, krum, multi_krum, norm_bound
 from fedpeft.randomness import rng
+from fedpeft.runs import RunFolder, reopen
 from fedpeft.strategy import sent
 from fedpeft.training import use_threads
 from fedpeft.updates import ServerState, Update
@@ -120,6 +121,9 @@ def main(
     full: Annotated[bool, typer.Option("--full", help="More numbers of attackers, under both skews.")] = False,
     bench: Annotated[str, typer.Option(help="features, or models.")] = "features",
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="The folder of a run with the settings of a cell, whose report tells of those.")
+    ] = None,
 ) -> None:
     """Run every federation, then print the tables and write them beside the findings."""
     shared = load(settings, set_ or [])
@@ -132,6 +136,7 @@ def main(
         for rule in chosen[1]
         for seed in numbers
     ]
+    reported = require_some(grid, shared, report) if report else []
     (name,) = _named("--bench", bench, BENCHES)
     made = BENCHES[name]()
     outcomes = {cell: outcome_of(cell, shared, made) for cell in grid}
@@ -139,15 +144,40 @@ def main(
     for cell in grid:
         context = {"run": shared.name, "bench": name, **cell._asdict()}
         findings.write(out / "findings.jsonl", findings_of(cell, outcomes), context)
+        if report and cell in reported:
+            findings.report(RunFolder(report), findings_of(cell, outcomes), context)
     text = "\n".join(tables(outcomes))
     (out / "table.md").write_text(text, encoding="utf-8")
     typer.echo(text)
 
 
+def config_of(cell: Cell, shared: RunConfig) -> RunConfig:
+    """The settings of a cell's federation, hostile clients apart."""
+    sets = (f"seed={cell.seed}", f"aggregation.merge.rule={cell.rule}", *RULES[cell.rule], *SKEWS[cell.skew])
+    return resolve(override(shared, sets))
+
+
+def require_some(grid: Sequence[Cell], shared: RunConfig, root: Path) -> list[Cell]:
+    """The cells of the settings of the run in the folder `root`, whatever their seeds.
+
+    Raises:
+        RunFolderError: there is no run.
+        ConfigError: there is no such cell.
+    """
+    folder, stored = reopen(root, [])
+    differing = {cell: findings.unlike(config_of(cell, shared), stored) for cell in grid}
+    same = [cell for cell, keys in differing.items() if not keys]
+    if not same:
+        nearest = min(differing.values(), key=len)
+        expected, found = f"the settings of the run in {root} in some cell", f"another {', '.join(nearest)} in each"
+        remedy = f"give those of {folder.config}, its rule and its partition among them"
+        raise ConfigError(sentence("--report", expected=expected, found=found, remedy=remedy))
+    return same
+
+
 def outcome_of(cell: Cell, shared: RunConfig, bench: Bench) -> Outcome:
     """The federation of one cell is run and judged."""
-    sets = (f"seed={cell.seed}", f"aggregation.merge.rule={cell.rule}", *RULES[cell.rule], *SKEWS[cell.skew])
-    config = resolve(override(shared, sets))
+    config = config_of(cell, shared)
     use_threads(config.compute.threads)
     attackers = attackers_of(config, cell.attackers)
     seen = Judged()

@@ -37,6 +37,18 @@ def test_drawn_by_coins_the_account_is_that_of_the_library_and_of_the_published_
     assert found == pytest.approx(target, rel=0.005)
 
 
+def test_the_distribution_of_a_round_is_worked_out_once_and_the_account_stays_the_library_s() -> None:
+    accountant._subsampled.cache_clear()
+    for rounds in range(1, 5):
+        louder = history(replace(HUNDRED, noise_multiplier=1.31), 2)
+        found = epsilon((*history(replace(HUNDRED, noise_multiplier=0.97), rounds), *louder), 1e-4)
+        direct = pld.PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE)
+        direct.compose(dp.PoissonSampledDpEvent(0.05, dp.GaussianDpEvent(0.97)), rounds)
+        direct.compose(dp.PoissonSampledDpEvent(0.05, dp.GaussianDpEvent(1.31)), 2)
+        assert found == direct.get_epsilon(1e-4)
+    assert accountant._subsampled.cache_info().misses == 2
+
+
 @pytest.mark.parametrize("sampler", ["everyone", "reachable"])
 def test_without_a_draw_rounds_compose_as_one_gaussian_does(sampler: str) -> None:
     found = epsilon(history(Spent(0, sampler, 50, 1.0, 5.82), 50), 1e-3)

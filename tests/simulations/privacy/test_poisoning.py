@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 from fedpeft import journal
 from fedpeft.adapters import AdapterState
 from fedpeft.client import FitJob
-from fedpeft.config import RunConfig, override
+from fedpeft.config import RunConfig, load, override, to_flat
 from fedpeft.experiment import deal_rows, strategy_of
 from fedpeft.randomness import rng
+from fedpeft.runs import RunFolder, create
 from fedpeft.updates import ServerState, Update
 from fedpeft.wire import Transport
 from simulations.privacy import features, findings, poisoning
@@ -229,6 +230,30 @@ def test_the_command_writes_tables_and_findings(tiny_run: str, tmp_path: Path) -
     assert {record["rule"] for record in records} == {"fedavg", "krum"}
     assert {record["attack"] for record in records} == {"poisoning, none", "poisoning, sign_flip"}
     assert len(findings.read(out / "findings.jsonl")) == len(records)
+
+
+def test_the_report_of_a_run_tells_of_hostile_clients_against_its_own_rule_alone(tiny_run: str, tmp_path: Path) -> None:
+    settings, root = tmp_path / "run.toml", tmp_path / "run"
+    settings.write_text(tiny_run.replace("clients = 3, cohort = 2", "clients = 8, cohort = 8"))
+    shared = override(load(settings), ["rounds=1", "data.partition.least_rows=1", f"out={root}"])
+    config = poisoning.config_of(Cell("iid", 2, "none", "krum", 7), shared)
+    folder = RunFolder(root)
+    create(folder, config)
+    journal.append(folder.journal, {"event": "start", "config": to_flat(config)})
+    program = typer.Typer()
+    program.command()(poisoning.main)
+    asked = [str(settings), "--attacks", "sign_flip", "--set", "rounds=1", "--set", "data.partition.least_rows=1"]
+    places = ["--out", str(tmp_path / "out"), "--report", str(root)]
+    failed = CliRunner().invoke(program, [*asked, *places, "--rules", "fedavg"])
+    assert "found another aggregation.merge" in str(failed.exception)
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(program, [*asked, *places, "--rules", "fedavg,krum", "--seeds", "7,8"])
+    assert done.exit_code == 0, done.output
+    told = [record for record in journal.read(folder.journal) if record["event"] == "finding"]
+    assert {(one["rule"], one["skew"]) for one in told} == {("krum", "iid")}
+    assert {one["seed"] for one in told} == {7, 8}
+    assert {one["attack"] for one in told} == {"poisoning, none", "poisoning, sign_flip"}
+    assert "poisoning, sign_flip" in (root / "report.html").read_text()
 
 
 def test_the_attack_command_writes_what_it_found(
