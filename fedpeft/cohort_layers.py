@@ -17,7 +17,8 @@ from torch import nn
 from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
-from fedpeft.example_gradients import Inside, layers_of, replaced
+from fedpeft.example_gradients import Inside, layers_of
+from fedpeft.replacing import replaced
 
 Numbers = Mapping[str, torch.Tensor]
 """What a layer holds of the clients' own, by name."""

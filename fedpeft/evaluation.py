@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fedpeft.errors import DataError, sentence
+from fedpeft.frozen_products import by_onednn
 from fedpeft.models import AdaptedModel, install
 from fedpeft.own_layers import disabled
 from fedpeft.tasks import Encoded, Sample, Statistics, Task
@@ -43,7 +44,7 @@ def sampled(adapted: AdaptedModel, task: Task, examples: Sequence[Encoded]) -> t
     if task.samples is None:
         return ()
     adapted.model.eval()
-    with torch.inference_mode(), autocast(adapted):
+    with torch.inference_mode(), autocast(adapted), by_onednn(adapted.model, ()):
         return task.samples(adapted.model, adapted.tokenizer, examples)
 
 
@@ -63,7 +64,7 @@ def _scored(adapted: AdaptedModel, task: Task, examples: Sequence[Encoded], batc
     order = sorted(range(len(examples)), key=lambda i: examples[i].size)
     found: dict[str, np.ndarray] = {}
     adapted.model.eval()
-    with torch.inference_mode(), autocast(adapted):
+    with torch.inference_mode(), autocast(adapted), by_onednn(adapted.model, ()):
         for start in range(0, len(order), batch_size):
             at = order[start : start + batch_size]
             batch = task.collate([examples[i] for i in at], padding(adapted), adapted.device)

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from fedpeft.errors import PlanError, sentence
 from fedpeft.evaluation import autocast, padding
 from fedpeft.models import AdaptedModel
+from fedpeft.replacing import replaced
 from fedpeft.tasks import Encoded, Task
 
 
@@ -199,19 +200,6 @@ def _above(name: str) -> list[str]:
     """The paths of the modules that a parameter is in, the model's first."""
     parts = name.split(".")
     return [".".join(parts[:depth]) for depth in range(len(parts))]
-
-
-@contextlib.contextmanager
-def replaced(module: nn.Module, name: str, value: Callable[..., Any]) -> Iterator[None]:
-    """Inside, `value` stands where the module's method of that name stood."""
-    before = module.__dict__.get(name)
-    module.__dict__[name] = value
-    try:
-        yield
-    finally:
-        del module.__dict__[name]
-        if before is not None:
-            module.__dict__[name] = before
 
 
 def losses_of(task: Task, model: nn.Module, batch: Any, count: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedpeft.example_gradients import replaced
+from fedpeft.replacing import replaced
 
 
 @contextlib.contextmanager

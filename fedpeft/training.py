@@ -21,6 +21,7 @@ from fedpeft.config.training import TrainingConfig
 from fedpeft.corrections import Pull, pull_of
 from fedpeft.errors import FederationError, PlanError, sentence
 from fedpeft.evaluation import autocast, evaluate, padding
+from fedpeft.frozen_products import by_onednn
 from fedpeft.gradient_checks import way_for
 from fedpeft.models import AdaptedModel, extract, install, trained
 from fedpeft.privacy.entropy import SOURCES
@@ -106,7 +107,7 @@ def fit(learner: TorchLearner, adapter: AdapterState, job: FitJob) -> Fitted:
         accumulate = _private_accumulation(learner, learner.private, job, parameters, batches, seen)
     first_step = (job.round - 1) * settings.steps
     adapted.model.train()
-    with _without(adapted, job.frozen), _randomness(learner.seed, job):
+    with _without(adapted, job.frozen), _randomness(learner.seed, job), by_onednn(adapted.model, ()):
         for step in range(first_step, first_step + settings.steps):
             rate = learning_rate_factor(settings, step, learner.rounds * settings.steps)
             for group in optimizer.param_groups:

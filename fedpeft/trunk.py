@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fedpeft.evaluation import autocast, padding
+from fedpeft.frozen_products import by_onednn
 from fedpeft.models import AdaptedModel
 from fedpeft.tasks import Encoded, Task
 
@@ -212,7 +213,7 @@ def _read(task: Task, adapted: AdaptedModel, trunk: Trunk, example: Encoded, see
 
     hook = trunk.layers[-1].register_forward_hook(stop)
     try:
-        with _alone(adapted, seed), torch.no_grad():
+        with _alone(adapted, seed), torch.no_grad(), by_onednn(adapted.model, ()):
             task.loss(adapted.model, task.collate([example], padding(adapted), adapted.device))
     except _Reached:
         pass

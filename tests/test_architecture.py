@@ -22,10 +22,21 @@ CONFIG = UPDATES | MECHANISMS | {"config"}
 STRATEGY = CONFIG | {"strategy"}
 WIRE = STRATEGY | {"wire"}
 RECORDS = {"memory", "checkpoint", "journal"}
-COHORT = {"cohort", "cohort_choice", "cohort_layers", "cohort_pass", "frozen_products"}
+COHORT = {"cohort", "cohort_choice", "cohort_layers", "cohort_pass"}
 STEPS = {"batches", "corrections", "example_gradients", "gradient_checks", "private_steps"}
 BASES = {"adaptation", "base_weights", "bases", "models"}
-TORCH = BASES | {"evaluation", "fisher", "shared_base", "tasks", "training", "trunk", *STEPS, *COHORT}
+TORCH = BASES | {
+    "evaluation",
+    "fisher",
+    "frozen_products",
+    "replacing",
+    "shared_base",
+    "tasks",
+    "training",
+    "trunk",
+    *STEPS,
+    *COHORT,
+}
 FEDERATION = (
     WIRE
     | RECORDS
@@ -101,18 +112,19 @@ ROOMS: dict[str, set[str]] = {
     "adaptation": ADAPTERS | {"config", "base_weights", *LAYERS},
     "models": ADAPTERS | {"config", "base_weights", "bases", "adaptation", *LAYERS},
     "tasks": ADAPTERS | {"config", "data", "own_layers"},
-    "evaluation": ADAPTERS | {"models", "own_layers", "tasks"},
+    "replacing": set(),
+    "frozen_products": {"replacing"},
+    "evaluation": ADAPTERS | {"frozen_products", "models", "own_layers", "tasks"},
     "fisher": ADAPTERS | {"evaluation", "models", "own_layers", "tasks"},
     "batches": UPDATES | {"privacy", "tasks"},
     "corrections": UPDATES | {"client", "merges", "pruning"},
-    "example_gradients": ADAPTERS | {"evaluation", "models", "tasks"},
+    "example_gradients": ADAPTERS | {"evaluation", "models", "replacing", "tasks"},
     "gradient_checks": ADAPTERS | {"evaluation", "example_gradients", "models", "tasks"},
     "private_steps": UPDATES | {"example_gradients", "models", "privacy", "tasks"},
-    "training": WIRE | STEPS | {"client", "data", "evaluation", "models", "pruning", "tasks"},
-    "trunk": ADAPTERS | {"evaluation", "models", "tasks"},
+    "training": WIRE | STEPS | {"client", "data", "evaluation", "frozen_products", "models", "pruning", "tasks"},
+    "trunk": ADAPTERS | {"evaluation", "frozen_products", "models", "tasks"},
     "shared_base": {"models"},
-    "cohort_layers": {"example_gradients"},
-    "frozen_products": {"example_gradients"},
+    "cohort_layers": {"example_gradients", "replacing"},
     "cohort_pass": {"cohort_layers", "evaluation", "frozen_products", "models", "tasks"},
     "cohort": WIRE
     | STEPS
@@ -153,6 +165,8 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
         "corrections",
         "evaluation",
         "example_gradients",
+        "frozen_products",
+        "replacing",
         "fisher",
         "gradient_checks",
         "private_steps",
