@@ -22,7 +22,7 @@ CONFIG = UPDATES | MECHANISMS | {"config"}
 STRATEGY = CONFIG | {"strategy"}
 WIRE = STRATEGY | {"wire"}
 RECORDS = {"memory", "checkpoint", "journal"}
-COHORT = {"cohort", "cohort_choice", "cohort_layers", "cohort_pass", "frozen_products"}
+COHORT = {"cohort", "cohort_choice", "cohort_layers", "cohort_pass", "first_positions", "frozen_products"}
 STEPS = {"batches", "corrections", "example_gradients", "gradient_checks", "private_steps"}
 BASES = {"adaptation", "base_weights", "bases", "models"}
 TORCH = BASES | {"evaluation", "fisher", "shared_base", "tasks", "training", "trunk", *STEPS, *COHORT}
@@ -112,8 +112,9 @@ ROOMS: dict[str, set[str]] = {
     "trunk": ADAPTERS | {"evaluation", "models", "tasks"},
     "shared_base": {"models"},
     "cohort_layers": {"example_gradients"},
+    "first_positions": set(),
     "frozen_products": {"example_gradients"},
-    "cohort_pass": {"cohort_layers", "evaluation", "frozen_products", "models", "tasks"},
+    "cohort_pass": {"cohort_layers", "evaluation", "first_positions", "frozen_products", "models", "tasks"},
     "cohort": WIRE
     | STEPS
     | {"client", "cohort_layers", "cohort_pass", "coordinates", "evaluation", "models", "tasks", "training"},
