@@ -71,6 +71,11 @@ def unserved(learner: TorchLearner) -> str:
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
+def most_tokens_of_a_batch(learner: TorchLearner) -> int:
+    """How many tokens a batch of the learner's longest examples has."""
+    return learner.settings.batch_size * max(map(_tokens, learner.examples))
+
+
 def together(one: Member, other: Member) -> bool:
     """Whether two members can be in one cohort: of one model and one plan, with the same tensors held still."""
     return (

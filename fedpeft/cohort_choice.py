@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from fedpeft.cohort import Member, fit_cohort, gradients, unserved
+from fedpeft.cohort import Member, fit_cohort, gradients, most_tokens_of_a_batch, unserved
 from fedpeft.cohort_layers import WAYS
 from fedpeft.errors import FedPeftError
 from fedpeft.example_gradients import Taken
@@ -27,6 +27,12 @@ _MOVED = 0.05
 
 _MOST_SHARE = 0.03
 """The most that measuring may take, as a share of all steps of a run."""
+
+_SMALL_TOKENS = 256
+"""Batches of no more tokens gain so much by training together that it need not be measured."""
+
+_MOST_SHARE_OF_CHECKING = 0.1
+"""The most that holding gradients against each other may take where batches are small, as a share of a run's steps."""
 
 _logger = logging.getLogger(__name__)
 
@@ -48,12 +54,17 @@ def right_way(members: Sequence[Member], most_tokens: int) -> str:
 
 
 def faster_way(members: Sequence[Member], most_tokens: int) -> str:
-    """As `right_way`, but `ALONE` too where it is faster, or where a run is too short for measuring to pay."""
+    """As `right_way`, but `ALONE` too where it is faster.
+
+    In a run that is too short for measuring to pay, small batches train together and others one by one.
+    """
     learner = members[0].learner
     tried = members[:TRIED]
     steps = learner.rounds * learner.settings.steps * len(members)
     if 6 * len(tried) > _MOST_SHARE * steps:
-        return ALONE
+        small = all(most_tokens_of_a_batch(one.learner) <= _SMALL_TOKENS for one in members)
+        pays = 2 * len(tried) <= _MOST_SHARE_OF_CHECKING * steps
+        return right_way(tried, most_tokens) if small and pays else ALONE
     name = right_way(tried, most_tokens)
     if name == ALONE:
         return ALONE

@@ -13,6 +13,7 @@ import torch
 
 from fedpeft.cohort_layers import Way, side_by_side
 from fedpeft.evaluation import autocast, padding
+from fedpeft.first_positions import first_alone
 from fedpeft.frozen_products import by_onednn
 from fedpeft.models import AdaptedModel, trained
 from fedpeft.tasks import Encoded, Task
@@ -71,7 +72,7 @@ def losses_of_parts(
     with autocast(adapted):
         asked = [_asked(part, model, task, batch) for part, batch in zip(parts, batches, strict=True)]
         stacks = {id(parameter): own[key] for key, parameter in trained(adapted).items()}
-        with by_onednn(model, stacks), side_by_side(model, stacks, rows, way):
+        with by_onednn(model, stacks), first_alone(model), side_by_side(model, stacks, rows, way):
             answer = model(**_below(asked, rows))
         found = []
         for at, (part, batch) in enumerate(zip(parts, batches, strict=True)):

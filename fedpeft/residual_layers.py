@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import re
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,9 +65,16 @@ def described(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
             setattr(config, key, value)
 
 
+_LAYERS: weakref.WeakKeyDictionary[nn.Module, dict[str, LoraLayer]] = weakref.WeakKeyDictionary()
+"""Those of the models of this process: each is looked for once, as an adapter is installed for every client."""
+
+
 def _layers(model: nn.Module, family: Family) -> dict[str, LoraLayer]:
-    named = model.named_modules()
-    return {name.removeprefix(family.prefix): layer for name, layer in named if isinstance(layer, LoraLayer)}
+    if model not in _LAYERS:
+        named = model.named_modules()
+        found = {name.removeprefix(family.prefix): layer for name, layer in named if isinstance(layer, LoraLayer)}
+        _LAYERS[model] = found
+    return _LAYERS[model]
 
 
 def _add(model: Any) -> None:

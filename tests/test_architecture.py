@@ -22,7 +22,7 @@ CONFIG = UPDATES | MECHANISMS | {"config"}
 STRATEGY = CONFIG | {"strategy"}
 WIRE = STRATEGY | {"wire"}
 RECORDS = {"memory", "checkpoint", "journal"}
-COHORT = {"cohort", "cohort_choice", "cohort_layers", "cohort_pass"}
+COHORT = {"cohort", "cohort_choice", "cohort_layers", "cohort_pass", "first_positions"}
 STEPS = {"batches", "corrections", "example_gradients", "gradient_checks", "private_steps"}
 BASES = {"adaptation", "base_weights", "bases", "models"}
 TORCH = BASES | {
@@ -125,7 +125,8 @@ ROOMS: dict[str, set[str]] = {
     "trunk": ADAPTERS | {"evaluation", "frozen_products", "models", "tasks"},
     "shared_base": {"models"},
     "cohort_layers": {"example_gradients", "replacing"},
-    "cohort_pass": {"cohort_layers", "evaluation", "frozen_products", "models", "tasks"},
+    "first_positions": {"replacing"},
+    "cohort_pass": {"cohort_layers", "evaluation", "first_positions", "frozen_products", "models", "tasks"},
     "cohort": WIRE
     | STEPS
     | {"client", "cohort_layers", "cohort_pass", "coordinates", "evaluation", "models", "tasks", "training"},

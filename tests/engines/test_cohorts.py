@@ -120,9 +120,21 @@ def test_what_is_faster_is_taken(
     assert json.loads((tmp_path / "run" / "cohort.json").read_text()) == {"cohort": expected}
 
 
-def test_a_run_too_short_for_measuring_trains_one_by_one(tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> None:
-    run(tiny.run_config(tiny_model, tiny_rows, tmp_path / "run"), replace(ON, cohort="auto"))
-    assert json.loads((tmp_path / "run" / "cohort.json").read_text()) == {"cohort": ALONE}
+@pytest.mark.parametrize(("steps", "most_tokens", "expected"), [(2, 256, ALONE), (60, 256, TOGETHER), (60, 1, ALONE)])
+def test_a_run_too_short_for_measuring_trains_small_batches_together_where_checking_pays(
+    tiny_model: Path,
+    tiny_rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    most_tokens: int,
+    expected: str,
+) -> None:
+    monkeypatch.setattr(cohort_choice, "_SMALL_TOKENS", most_tokens)
+    config = tiny.run_config(tiny_model, tiny_rows, tmp_path / "run", rounds=1)
+    config = replace(config, training=replace(config.training, steps=steps))
+    run(replace(config, evaluation=replace(config.evaluation, every=0)), replace(ON, cohort="auto"))
+    assert json.loads((tmp_path / "run" / "cohort.json").read_text()) == {"cohort": expected}
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"cohort": "somehow"}'])
