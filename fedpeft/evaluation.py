@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from fedpeft.errors import DataError, sentence
+from fedpeft.first_positions import first_alone
 from fedpeft.frozen_products import by_onednn
 from fedpeft.models import AdaptedModel, install
 from fedpeft.own_layers import disabled
@@ -44,7 +46,7 @@ def sampled(adapted: AdaptedModel, task: Task, examples: Sequence[Encoded]) -> t
     if task.samples is None:
         return ()
     adapted.model.eval()
-    with torch.inference_mode(), autocast(adapted), by_onednn(adapted.model, ()):
+    with torch.inference_mode(), autocast(adapted), leanly(adapted):
         return task.samples(adapted.model, adapted.tokenizer, examples)
 
 
@@ -59,12 +61,19 @@ def autocast(adapted: AdaptedModel) -> Any:
     return torch.autocast(adapted.device.type, dtype=adapted.precision if enabled else None, enabled=enabled)
 
 
+@contextlib.contextmanager
+def leanly(adapted: AdaptedModel) -> Iterator[None]:
+    """Inside, frozen products are oneDNN's, and no position is computed that nobody reads."""
+    with by_onednn(adapted.model, ()), first_alone(adapted.model):
+        yield
+
+
 def _scored(adapted: AdaptedModel, task: Task, examples: Sequence[Encoded], batch_size: int) -> Statistics:
     """The task's statistics of every example, in order; batches hold examples of like size."""
     order = sorted(range(len(examples)), key=lambda i: examples[i].size)
     found: dict[str, np.ndarray] = {}
     adapted.model.eval()
-    with torch.inference_mode(), autocast(adapted), by_onednn(adapted.model, ()):
+    with torch.inference_mode(), autocast(adapted), leanly(adapted):
         for start in range(0, len(order), batch_size):
             at = order[start : start + batch_size]
             batch = task.collate([examples[i] for i in at], padding(adapted), adapted.device)

@@ -20,8 +20,7 @@ from fedpeft.client import FitJob, Fitted, Learner
 from fedpeft.config.training import TrainingConfig
 from fedpeft.corrections import Pull, pull_of
 from fedpeft.errors import FederationError, PlanError, sentence
-from fedpeft.evaluation import autocast, evaluate, padding
-from fedpeft.frozen_products import by_onednn
+from fedpeft.evaluation import autocast, evaluate, leanly, padding
 from fedpeft.gradient_checks import way_for
 from fedpeft.models import AdaptedModel, extract, install, trained
 from fedpeft.privacy.entropy import SOURCES
@@ -107,7 +106,7 @@ def fit(learner: TorchLearner, adapter: AdapterState, job: FitJob) -> Fitted:
         accumulate = _private_accumulation(learner, learner.private, job, parameters, batches, seen)
     first_step = (job.round - 1) * settings.steps
     adapted.model.train()
-    with _without(adapted, job.frozen), _randomness(learner.seed, job), by_onednn(adapted.model, ()):
+    with _without(adapted, job.frozen), _randomness(learner.seed, job), leanly(adapted):
         for step in range(first_step, first_step + settings.steps):
             rate = learning_rate_factor(settings, step, learner.rounds * settings.steps)
             for group in optimizer.param_groups:

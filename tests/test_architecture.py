@@ -22,7 +22,7 @@ CONFIG = UPDATES | MECHANISMS | {"config"}
 STRATEGY = CONFIG | {"strategy"}
 WIRE = STRATEGY | {"wire"}
 RECORDS = {"memory", "checkpoint", "journal"}
-COHORT = {"cohort", "cohort_choice", "cohort_layers", "cohort_pass", "first_positions"}
+COHORT = {"cohort", "cohort_choice", "cohort_layers", "cohort_pass"}
 STEPS = {"batches", "corrections", "example_gradients", "gradient_checks", "private_steps"}
 BASES = {"adaptation", "base_weights", "bases", "models"}
 TORCH = BASES | {
@@ -114,14 +114,14 @@ ROOMS: dict[str, set[str]] = {
     "tasks": ADAPTERS | {"config", "data", "own_layers"},
     "replacing": set(),
     "frozen_products": {"replacing"},
-    "evaluation": ADAPTERS | {"frozen_products", "models", "own_layers", "tasks"},
+    "evaluation": ADAPTERS | {"first_positions", "frozen_products", "models", "own_layers", "tasks"},
     "fisher": ADAPTERS | {"evaluation", "models", "own_layers", "tasks"},
     "batches": UPDATES | {"privacy", "tasks"},
     "corrections": UPDATES | {"client", "merges", "pruning"},
     "example_gradients": ADAPTERS | {"evaluation", "models", "replacing", "tasks"},
     "gradient_checks": ADAPTERS | {"evaluation", "example_gradients", "models", "tasks"},
     "private_steps": UPDATES | {"example_gradients", "models", "privacy", "tasks"},
-    "training": WIRE | STEPS | {"client", "data", "evaluation", "frozen_products", "models", "pruning", "tasks"},
+    "training": WIRE | STEPS | {"client", "data", "evaluation", "models", "pruning", "tasks"},
     "trunk": ADAPTERS | {"evaluation", "frozen_products", "models", "tasks"},
     "shared_base": {"models"},
     "cohort_layers": {"example_gradients", "replacing"},
@@ -166,6 +166,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
         "corrections",
         "evaluation",
         "example_gradients",
+        "first_positions",
         "frozen_products",
         "replacing",
         "fisher",
