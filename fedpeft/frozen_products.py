@@ -26,13 +26,14 @@ def by_onednn(model: nn.Module, own: Collection[int]) -> Iterator[None]:
     torch was built without oneDNN.
     """
     with contextlib.ExitStack() as undone:
-        for module in model.modules() if _is_there() else ():
+        for module in model.modules() if is_there() else ():
             if type(module) is nn.Linear and _serves(module, own):
                 undone.enter_context(replaced(module, "forward", partial(_linear, module, module.forward)))
         yield
 
 
-def _is_there() -> bool:
+def is_there() -> bool:
+    """Whether torch was built with oneDNN."""
     return bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -57,16 +58,17 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`(rows, in)` to `(rows, out)`."""
         ctx.save_for_backward(weight)
-        return _product(given, weight, bias)
+        return product(given, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         """The gradient of x alone."""
         (weight,) = ctx.saved_tensors
-        return _product(gradient, weight.t(), None), None, None
+        return product(gradient, weight.t(), None), None, None
 
 
-def _product(given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def product(given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """X Wᵀ + b by oneDNN, of `(rows, in)` and `(out, in)`."""
     made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(given, weight, bias, "none", [], "")
     return made

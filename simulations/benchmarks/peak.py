@@ -7,13 +7,16 @@ backward, and no gradient of a frozen weight is formed. Padding within a batch i
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedpeft.config import RunConfig
 from fedpeft.experiment import adapted_model
+from fedpeft.frozen_products import is_there, product
 from fedpeft.training import use_threads
 from simulations.benchmarks.overhead import bare_round
 
@@ -31,16 +34,20 @@ def operations(config: RunConfig, clients: int) -> int:
 
 
 def peak(threads: int) -> float:
-    """Operations a second of the fastest of `SIZES`, float32, on so many threads."""
+    """Operations a second of the fastest of `SIZES`, float32, by BLAS or oneDNN, on so many threads."""
     use_threads(threads)
     return max(_rate(*size) for size in SIZES)
 
 
 def _rate(rows: int, inner: int, columns: int) -> float:
-    one, other = torch.randn(rows, inner), torch.randn(inner, columns)
-    best, until = 0.0, time.perf_counter() + _SECONDS
+    one, other = torch.randn(rows, inner), torch.randn(columns, inner)
+    ways: list[Callable[[], object]] = [lambda: torch.mm(one, other.t())]
+    if is_there():
+        ways.append(lambda: product(one, other, None))
+    least, until = math.inf, time.perf_counter() + _SECONDS
     while time.perf_counter() < until:
-        started = time.perf_counter()
-        torch.mm(one, other)
-        best = max(best, 2.0 * rows * inner * columns / (time.perf_counter() - started))
-    return best
+        for way in ways:
+            started = time.perf_counter()
+            way()
+            least = min(least, time.perf_counter() - started)
+    return 2.0 * rows * inner * columns / least
