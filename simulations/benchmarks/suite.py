@@ -21,15 +21,17 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
+from matplotlib.figure import Figure
 
 from fedpeft.cli import script
 from fedpeft.config import RunConfig, load
 from fedpeft.errors import ConfigError, sentence
 from fedpeft.files import write_atomically
+from fedpeft.report import drawing
 from fedpeft.report.units import relative, times
 from fedpeft.sweeps.running import run_sweep
 from fedpeft.version import VERSION
-from simulations.benchmarks import against_flower, merge, peak, sent, workers
+from simulations.benchmarks import against_flower, merge, peak, scale, sent, workers
 from simulations.benchmarks.ways import DENSE, EXACT, Cell
 
 EDGE, OTHER = ((1, 16), (4, 16)), ((4, 64), (16, 64))
@@ -51,6 +53,8 @@ WORDS: Mapping[str, str] = {
     "vs_flower_ray_edge_warm": "the same, a round after the first",
     "bytes_vs_lora_fp32": "fewer bytes, both ways, than FedAvg on LoRA in float32, accuracy within half a point",
     "bytes_vs_full": "fewer bytes, both ways, than full fine-tuning in float32, accuracy within half a point",
+    "scale_memory_10000_vs_100": "greatest memory of a run of 10,000 clients over that of 100, ten a round",
+    "scale_time_10000_vs_100": "seconds of a client's update among 10,000 over those among 100",
     "merge_vs_dense_4096": "faster exact merge of ten unlike ranks at n = 4096 than forming the mean for an SVD",
 }
 """What each ratio says, in the order of the table."""
@@ -68,10 +72,11 @@ class Ratio(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one part found: ratios by name, and its tables in Markdown."""
+    """What one part found: ratios by name, its tables in Markdown, and a picture where one helps."""
 
     ratios: Mapping[str, Ratio]
     tables: Sequence[str]
+    picture: Figure | None = None
 
 
 class Size(NamedTuple):
@@ -166,10 +171,21 @@ def flower(settings: Path, size: Size) -> Part:
     return Part(ratios, ["\n".join(table)])
 
 
+def scaling(settings: Path, size: Size) -> Part:
+    """What 10,000 clients cost over 100, in memory and in time; each number in its turn."""
+    found = scale.measured(settings, scale.CLIENTS, size.repeats)
+    ratios = {
+        "scale_memory_10000_vs_100": spread(scale.over(found, scale.FEW, scale.MANY, "peak_bytes")),
+        "scale_time_10000_vs_100": spread(scale.over(found, scale.FEW, scale.MANY, "update_seconds")),
+    }
+    return Part(ratios, ["\n".join([scale.HEADING, *scale.lines(found)])], scale.picture(found))
+
+
 PARTS: Mapping[str, Callable[[Path, Size], Part]] = {
     "speed": speed,
     "flower": flower,
     "bytes": bytes_sent,
+    "scale": scaling,
     "merge": merging,
 }
 
@@ -253,6 +269,8 @@ def main(
         found = results({part: measured}, found)
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(found, indent=2) + "\n").encode())
+        if measured.picture:
+            drawing.write_picture(measured.picture, out / f"{name}-{part}.svg")
         typer.echo("\n".join([f"\n{part}\n", *measured.tables]))
     typer.echo(f"\n{summary(found)}\n\nWritten to {path}.")
 

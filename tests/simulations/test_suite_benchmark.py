@@ -12,7 +12,7 @@ from fedpeft import journal
 from fedpeft.config import load, override
 from fedpeft.errors import ConfigError
 from fedpeft.experiment import resolve
-from simulations.benchmarks import against_flower, merge, peak, sent, suite
+from simulations.benchmarks import against_flower, merge, peak, scale, sent, suite
 from simulations.benchmarks.against_flower import Took
 from simulations.benchmarks.suite import BEGIN, END, WORDS, Part, Ratio, Size
 from simulations.benchmarks.ways import DENSE, EXACT, Cell
@@ -160,3 +160,14 @@ def test_the_table_stands_between_its_marks_and_nothing_else_is_touched(before: 
 def test_a_page_without_marks_is_left_alone_in_one_sentence() -> None:
     with pytest.raises(ConfigError, match=r"README\.md: expected <!-- benchmarks: begin -->"):
         suite.put("# A\n", suite.results({}))
+
+
+def test_ten_thousand_clients_are_held_against_a_hundred(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {10: scale.Cost(1e8, 0.1, 1), 100: scale.Cost(1e8, 0.1, 1), 1000: scale.Cost(1e8, 0.1, 1)}
+    each = [{**costs, 10_000: scale.Cost(peak, 0.2, 9)} for peak in (1.05e8, 1.2e8, 1e8)]
+    monkeypatch.setattr(scale, "measured", lambda _settings, _clients, repeats: each[:repeats])
+    found = suite.scaling(Path("none"), suite.FULL)
+    assert found.ratios["scale_memory_10000_vs_100"] == pytest.approx((1.05, 1.0, 1.2))
+    assert found.ratios["scale_time_10000_vs_100"].median == pytest.approx(2.0)
+    assert found.tables[0].splitlines()[-1].startswith("| 10,000 | 105 MB | 1.05 × | 0.20 s | 2.00 × |")
+    assert found.picture is not None
