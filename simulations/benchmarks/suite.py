@@ -80,9 +80,10 @@ class Part(NamedTuple):
 
 
 class Size(NamedTuple):
-    """How much is measured; `rounds` and `pairs` of processes against Flower."""
+    """How much is measured: clients a round, and of small batches; `rounds` and `pairs` of processes against Flower."""
 
     clients: int
+    edge_clients: int
     repeats: int
     overrides: tuple[str, ...]
     ways: Sequence[workers.Way]
@@ -90,7 +91,7 @@ class Size(NamedTuple):
     pairs: int = 2
 
 
-FULL = Size(clients=12, repeats=3, overrides=("training.steps=2",), ways=workers.ways_of(2))
+FULL = Size(clients=12, edge_clients=32, repeats=3, overrides=("training.steps=2",), ways=workers.ways_of(2))
 
 
 def spread(values: Sequence[float]) -> Ratio:
@@ -103,16 +104,19 @@ def speed(settings: Path, size: Size) -> Part:
     first, table = load(settings, list(size.overrides)), [workers.HEADING]
     ratios, useful = {}, {}
     top = peak.peak(max(count for count, _ in size.ways))
-    for name, shapes in (("edge_vs_bare_loop", EDGE), ("any_vs_bare_loop", OTHER)):
+    for name, shapes, clients in (
+        ("edge_vs_bare_loop", EDGE, size.edge_clients),
+        ("any_vs_bare_loop", OTHER, size.clients),
+    ):
         best = []
         for rows, tokens in shapes:
             config = workers.shaped(first, rows, tokens)
-            found = workers.measure(config, size.ways, size.clients, size.repeats)
-            table += workers.rows(config, size.clients, found)
+            found = workers.measure(config, size.ways, clients, size.repeats)
+            table += workers.rows(config, clients, found)
             ours = {way: workers.over_bare(found, way) for way in size.ways if way[1] != workers.BARE}
             best_way = max(ours, key=lambda way: statistics.median(ours[way]))
             best.append(spread(ours[best_way]))
-            useful[rows, tokens] = _useful(config, size.clients, found, best_way, top)
+            useful[rows, tokens] = _useful(config, clients, found, best_way, top)
         ratios[name] = min(best)
     ratios["useful_flops"] = useful[OTHER[-1]][0]
     return Part(ratios, ["\n".join(table), "\n".join([USEFUL, *_useful_lines(useful)])])

@@ -65,7 +65,7 @@ def test_speed_is_that_of_the_best_setting_in_the_size_of_batch_that_it_gains_le
     settings.write_text(tiny_run)
     monkeypatch.setattr(suite, "EDGE", ((1, 8), (2, 8)))
     monkeypatch.setattr(suite, "OTHER", ((2, 16),))
-    found = suite.speed(settings, Size(2, 2, ("training.steps=1",), ((1, BARE), (1, "off"), (1, "on"))))
+    found = suite.speed(settings, Size(2, 3, 2, ("training.steps=1",), ((1, BARE), (1, "off"), (1, "on"))))
     assert list(found.ratios) == ["edge_vs_bare_loop", "any_vs_bare_loop", "useful_flops"]
     assert found.ratios["useful_flops"].most < 1
     assert all(0 < one.least <= one.median <= one.most for one in found.ratios.values())
