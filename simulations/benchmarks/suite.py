@@ -24,7 +24,7 @@ import typer
 from matplotlib.figure import Figure
 
 from fedpeft.cli import script
-from fedpeft.config import RunConfig, load
+from fedpeft.config import RunConfig, load, override
 from fedpeft.errors import ConfigError, sentence
 from fedpeft.files import write_atomically
 from fedpeft.report import drawing
@@ -110,7 +110,8 @@ def speed(settings: Path, size: Size) -> Part:
     ):
         best = []
         for rows, tokens in shapes:
-            config = workers.shaped(first, rows, tokens)
+            enough = override(first, [f"federation.clients={max(clients, first.federation.clients)}"])
+            config = workers.shaped(enough, rows, tokens)
             found = workers.measure(config, size.ways, clients, size.repeats)
             table += workers.rows(config, clients, found)
             ours = {way: workers.over_bare(found, way) for way in size.ways if way[1] != workers.BARE}
