@@ -171,3 +171,10 @@ def test_ten_thousand_clients_are_held_against_a_hundred(monkeypatch: pytest.Mon
     assert found.ratios["scale_time_10000_vs_100"].median == pytest.approx(2.0)
     assert found.tables[0].splitlines()[-1].startswith("| 10,000 | 105 MB | 1.05 × | 0.20 s | 2.00 × |")
     assert found.picture is not None
+
+
+def test_the_readme_shows_the_figures_that_were_kept_and_each_has_words() -> None:
+    committed = json.loads(Path("results/two-cores.json").read_text(encoding="utf-8"))
+    text = Path("README.md").read_text(encoding="utf-8")
+    assert set(committed["ratios"]) <= set(WORDS)
+    assert suite.put(text, committed) == text
