@@ -67,6 +67,11 @@ class Learner(Protocol):
         """The specification of the adapter that this learner trains."""
         ...
 
+    @property
+    def start(self) -> AdapterState:
+        """The adapter before any training, as the base, the settings and the seed have it."""
+        ...
+
     def fit(self, adapter: AdapterState, job: FitJob) -> Fitted:
         """Trains from `adapter`."""
         ...
@@ -74,6 +79,31 @@ class Learner(Protocol):
     def evaluate(self, adapter: AdapterState) -> Mapping[str, float]:
         """Figures of `adapter` on this site's rows, `rows` among them."""
         ...
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """What stands for the learner `inner` and trains in its own way; all else is the learner's."""
+
+    inner: Learner
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """See Learner."""
+        return self.inner.spec
+
+    @property
+    def start(self) -> AdapterState:
+        """See Learner."""
+        return self.inner.start
+
+    def fit(self, adapter: AdapterState, job: FitJob) -> Fitted:
+        """See Learner."""
+        return self.inner.fit(adapter, job)
+
+    def evaluate(self, adapter: AdapterState) -> Mapping[str, float]:
+        """See Learner."""
+        return self.inner.evaluate(adapter)
 
 
 @dataclass(frozen=True)
@@ -198,7 +228,7 @@ _HANDLERS: Mapping[str, Callable[[Packet, Memory, Site], tuple[Packet, Memory]]]
 
 def _received(packet: Packet, memory: Memory, site: Site, spec: AdapterSpec) -> Received:
     """What the request brings, cut to the rank that the client has pruned itself to."""
-    received = read_request(packet, site.strategy, spec, memory)
+    received = read_request(packet, site.strategy, spec, memory, lambda: site.learner.start)
     own = at_rank(received.adapter.spec, int(memory.fields.get("rank", 0)))
     return replace(
         received, adapter=replace(received.adapter, spec=own, tensors=resized(received.adapter.tensors, own))

@@ -124,6 +124,7 @@ def parts_of(config: RunConfig) -> Parts:
         channel=channel,
         seed=config.seed,
         downlink=chosen.downlink.chosen.build(),
+        builds=chosen.first == "built",
     )
 
 
@@ -163,6 +164,15 @@ def check_plan(config: RunConfig, adapted: AdaptedModel) -> None:
     for partition in range(config.federation.clients):
         site_examples(config, partition)
     metric_of(config)
+    if config.aggregation.first == "built" and adapted.family.chosen:
+        raise PlanError(
+            sentence(
+                "aggregation.first",
+                expected=f"sent, because what {adapted.family.name} trains is chosen by rows that the server has alone",
+                found="built",
+                remedy='set aggregation.first = "sent"',
+            )
+        )
     if admit := task_of(config).admit:
         admit(adapted.model)
     least = config.federation.quorum or config.federation.cohort

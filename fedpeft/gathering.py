@@ -250,7 +250,10 @@ def requests_of(one: Round, partitions: Iterable[int]) -> dict[int, Packet]:
     asked = tuple(partitions)
     ranks = _ranks(one, asked)
     one.seen.ranks |= ranks
-    found = {p: fit_request(one.strategy, one.state, one.session, p, rank) for p, rank in ranks.items()}
+    told = {failure["partition"] for failure in one.seen.failures}
+    found = {
+        p: fit_request(one.strategy, one.state, one.session, p, rank, whole=p in told) for p, rank in ranks.items()
+    }
     one.seen.sends(found)
     return found
 

@@ -7,8 +7,7 @@ those that have had a turn since then.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,16 +16,26 @@ from fedpeft import residuals
 from fedpeft.adapters import AdapterSpec, AdapterState, Tensors, at_rank, greatest_rank, resized
 from fedpeft.codecs import as_sent, dense, moved
 from fedpeft.errors import PacketError, sentence
+from fedpeft.first_adapters import BUILT, built, fingerprint, untrained
+from fedpeft.request_fields import (
+    columns_between,
+    epoch_of,
+    held_round,
+    rank_of,
+    ranks_of,
+    round_of,
+    since_of,
+    written,
+)
 from fedpeft.residuals import Ranks
 from fedpeft.strategy import Strategy
 from fedpeft.updates import Memory, ServerState
-from fedpeft.wire import Packet, Scalar, Session, shown
+from fedpeft.wire import Packet, Scalar, Session
 
 CONSTANT, RESIDUAL, SENT, HELD = "constant/", "residual/", "sent/", "held/"
 """What a memory's keys begin with where it keeps what never changes, the residual, what was sent last, and layers that
 take turns."""
 
-_RANKS = re.compile(r"(\d{1,20}(,\d{1,20})*)?", re.ASCII)
 _EXACT = dense()
 """What goes down travels as it is, but for deltas: the residual is part of the base, and no codec may change that."""
 
@@ -40,9 +49,14 @@ class Received:
     memory: Memory
 
 
-def fit_request(strategy: Strategy, state: ServerState, session: Session, partition: int, rank: int = 0) -> Packet:
-    """The packet that asks a client of rank `rank` (0: the server's) to train from `state` in the round after it."""
-    return _request("fit", session.manifest(state.round + 1), strategy, state, partition, rank)
+def fit_request(
+    strategy: Strategy, state: ServerState, session: Session, partition: int, rank: int = 0, *, whole: bool = False
+) -> Packet:
+    """The packet that asks a client of rank `rank` (0: the server's) to train from `state` in the round after it.
+
+    With `whole` it counts on nothing that the client could build for itself.
+    """
+    return _request("fit", session.manifest(state.round + 1), strategy, state, partition, rank, whole=whole)
 
 
 def evaluate_request(strategy: Strategy, state: ServerState, session: Session, partition: int, rank: int = 0) -> Packet:
@@ -55,23 +69,28 @@ def describe_request(state: ServerState, session: Session) -> Packet:
     return Packet("describe", session.manifest(state.round + 1))
 
 
-def read_request(packet: Packet, strategy: Strategy, spec: AdapterSpec, memory: Memory) -> Received:
+def read_request(
+    packet: Packet, strategy: Strategy, spec: AdapterSpec, memory: Memory, build: Callable[[], AdapterState]
+) -> Received:
     """What a fit or evaluate request brings, joined with what the client has; `spec` is at the server's rank.
+
+    `build()` is the adapter as it is before any training.
 
     Raises:
         PacketError: the request counts on something that the client does not have, or is malformed.
         AdapterError: numbers that are not finite.
     """
-    own = at_rank(spec, _rank(packet, spec))
+    own = at_rank(spec, rank_of(packet, spec))
     known = packet.manifest.get("known") is True
-    since, upto = _since(packet), _round_of(packet)
-    travelling = _travelling(strategy, own, known=known, still=_still(strategy, own, since, upto))
-    start, end = (_ranks(packet, key) for key in ("residual.from", "residual.to"))
-    columns = residuals.specification(spec, _less(end, start, spec)) if end else None
+    since, upto = since_of(packet), round_of(packet)
+    wanted = _travelling(strategy, own, known=known, still=_still(strategy, own, since, upto))
+    travelling, at_home = _divided(strategy, wanted, upto, apart=strategy.builds and BUILT in packet.manifest)
+    start, end = (ranks_of(packet, key) for key in ("residual.from", "residual.to"))
+    columns = residuals.specification(spec, columns_between(end, start, spec)) if end else None
     control = strategy.stage.shared(own, int(packet.manifest["round"])) if strategy.controls else None
     body, place = packet.body, f"{packet.kind} request"
     beside = sum(_EXACT.size(part) for part in (columns, control) if part)
-    held = _held_round(packet)
+    held = held_round(packet)
     if held is None and _EXACT.size(travelling) + beside != len(body):
         expected = f"{_EXACT.size(travelling) + beside} bytes"
         raise PacketError(sentence(place, expected=expected, found=len(body), remedy="use the same adapter settings"))
@@ -81,6 +100,8 @@ def read_request(packet: Packet, strategy: Strategy, spec: AdapterSpec, memory: 
     else:
         tensors = moved(strategy.downlink, _last(packet, memory, travelling, held), body[:at], travelling)
     travelling.require(tensors, place)
+    if at_home.shapes:
+        tensors = {**tensors, **built(packet, build(), at_home)}
     residual = {}
     if columns:
         more = _EXACT.decode(body[at : at + _EXACT.size(columns)], columns)
@@ -93,7 +114,7 @@ def read_request(packet: Packet, strategy: Strategy, spec: AdapterSpec, memory: 
     kept = _remembered(strategy, own, tensors, memory, known=known)
     if not strategy.downlink.additive:
         last = {f"{SENT}{key}": tensors[key] for key in strategy.travelling(own).shapes}
-        kept = Memory({**kept.tensors, **last}, {**kept.fields, "sent": _round_of(packet)})
+        kept = Memory({**kept.tensors, **last}, {**kept.fields, "sent": round_of(packet)})
     tensors = {**_waiting(strategy, own, since, upto, memory), **tensors}
     if strategy.stage.turns > 1:
         waiting = {f"{HELD}{key}": value for key, value in tensors.items()}
@@ -101,7 +122,7 @@ def read_request(packet: Packet, strategy: Strategy, spec: AdapterSpec, memory: 
     adapter = {**tensors, **_constants(strategy, own, kept, place, known=known)}
     adapter |= _own(strategy, own, kept, int(packet.manifest["round"]))
     if columns:
-        field = {"epoch": _epoch(packet), "ranks": list(end)}
+        field = {"epoch": epoch_of(packet), "ranks": list(end)}
         kept = Memory(
             {**_without(kept.tensors, RESIDUAL), **{f"{RESIDUAL}{key}": value for key, value in residual.items()}},
             {**kept.fields, "residual": field},
@@ -111,26 +132,36 @@ def read_request(packet: Packet, strategy: Strategy, spec: AdapterSpec, memory: 
 
 
 def _request(
-    kind: str, manifest: Mapping[str, Scalar], strategy: Strategy, state: ServerState, partition: int, rank: int
+    kind: str,
+    manifest: Mapping[str, Scalar],
+    strategy: Strategy,
+    state: ServerState,
+    partition: int,
+    rank: int,
+    *,
+    whole: bool = False,
 ) -> Packet:
     spec = at_rank(state.adapter.spec, rank)
     holding = state.holdings.get(partition)
     known = holding is not None and holding.rank >= greatest_rank(spec)
     since = holding.round if holding and known and strategy.stage.turns > 1 else None
-    travelling = _travelling(strategy, spec, known=known, still=_still(strategy, spec, since, state.round))
+    wanted = _travelling(strategy, spec, known=known, still=_still(strategy, spec, since, state.round))
+    apart = strategy.builds and not (known or whole or partition in state.conduct)
+    travelling, at_home = _divided(strategy, wanted, state.round, apart=apart)
     holds_last = known and holding is not None and holding.round == state.round - 1 and state.sent.delta != b""
     body = [state.sent.delta if holds_last else _EXACT.encode(resized(as_sent(state).tensors, travelling), travelling)]
     fields: dict[str, Scalar] = {**manifest, "rank": greatest_rank(spec), "known": known}
     fields |= {} if since is None else {"since": since}
+    fields |= {BUILT: fingerprint(state.adapter.tensors, at_home)} if at_home.shapes else {}
     if holds_last:
         fields["held"] = state.round - 1
     if state.adapter.residual:
         end = residuals.ranks_of(state.adapter.residual)
         start = state.drift.ranks.get(holding.round, ()) if holding else ()
         start = start or (0,) * len(end)
-        columns = residuals.specification(state.adapter.spec, _less(end, start, state.adapter.spec))
+        columns = residuals.specification(state.adapter.spec, columns_between(end, start, state.adapter.spec))
         body.append(_EXACT.encode(residuals.after(state.adapter.residual, start), columns))
-        fields |= {"residual.from": _text(start), "residual.to": _text(end)}
+        fields |= {"residual.from": written(start), "residual.to": written(end)}
         fields["residual.epoch"] = state.drift.epoch
     if strategy.controls:
         shared = strategy.stage.shared(spec, int(manifest["round"]))
@@ -144,6 +175,12 @@ def _travelling(strategy: Strategy, spec: AdapterSpec, *, known: bool, still: Co
         return spec
     changed = strategy.travelling(spec)
     return changed.only(key for key in changed.shapes if key not in still)
+
+
+def _divided(strategy: Strategy, wanted: AdapterSpec, round_: int, *, apart: bool) -> tuple[AdapterSpec, AdapterSpec]:
+    """What of `wanted` travels after round `round_`, and what a node can build for itself, where they are `apart`."""
+    at_home = wanted.only(untrained(strategy, wanted, round_).shapes if apart else ())
+    return wanted.only(key for key in wanted.shapes if key not in at_home.shapes), at_home
 
 
 def _still(strategy: Strategy, spec: AdapterSpec, since: int | None, upto: int) -> frozenset[str]:
@@ -176,21 +213,6 @@ def _waiting(
             )
         )
     return found
-
-
-def _since(packet: Packet) -> int | None:
-    """After which round the server last heard of this node; None where it does not count on that."""
-    since, round_ = packet.manifest.get("since"), int(packet.manifest["round"])
-    if since is not None and (isinstance(since, bool) or not isinstance(since, int) or not 0 <= since <= round_):
-        raise PacketError(
-            sentence(
-                f"{packet.kind} request, since",
-                expected=f"an integer from 0 to {round_}",
-                found=shown(since),
-                remedy="run the same version on both sides",
-            )
-        )
-    return since
 
 
 def _remembered(strategy: Strategy, spec: AdapterSpec, tensors: Tensors, memory: Memory, *, known: bool) -> Memory:
@@ -235,39 +257,13 @@ def _held(packet: Packet, memory: Memory, start: Ranks) -> Tensors:
         raise PacketError(
             sentence(
                 f"{packet.kind} request, residual",
-                expected=f"ranks {_text(start)[:60]} of epoch {epoch} in this node's memory",
-                found=f"{_text(ranks)[:60] or 'none'} of epoch {fields.get('epoch')}",
+                expected=f"ranks {written(start)[:60]} of epoch {epoch} in this node's memory",
+                found=f"{written(ranks)[:60] or 'none'} of epoch {fields.get('epoch')}",
                 remedy="ask again; all of it will be sent",
             )
         )
     found = {key.removeprefix(RESIDUAL): value for key, value in memory.tensors.items() if key.startswith(RESIDUAL)}
     return found
-
-
-def _round_of(packet: Packet) -> int:
-    """After which round the adapter is that a request brings."""
-    return int(packet.manifest["round"]) - (packet.kind == "fit")
-
-
-def _held_round(packet: Packet) -> int | None:
-    """After which round the adapter is that a request moves by a delta; None where it brings all of one.
-
-    Raises:
-        PacketError: it is not that of the round before.
-    """
-    held = packet.manifest.get("held")
-    if held is None:
-        return None
-    if isinstance(held, bool) or not isinstance(held, int) or held != _round_of(packet) - 1:
-        raise PacketError(
-            sentence(
-                f"{packet.kind} request, held",
-                expected=f"{_round_of(packet) - 1}, the round before",
-                found=shown(held),
-                remedy="run the same version on both sides",
-            )
-        )
-    return held
 
 
 def _last(packet: Packet, memory: Memory, spec: AdapterSpec, held: int) -> Tensors:
@@ -291,71 +287,3 @@ def _last(packet: Packet, memory: Memory, spec: AdapterSpec, held: int) -> Tenso
 
 def _without(tensors: Tensors, prefix: str) -> Tensors:
     return {key: value for key, value in tensors.items() if not key.startswith(prefix)}
-
-
-def _rank(packet: Packet, spec: AdapterSpec) -> int:
-    rank, most = packet.manifest.get("rank", 0), greatest_rank(spec)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not min(1, most) <= rank <= most:
-        raise PacketError(
-            sentence(
-                f"{packet.kind} request, rank",
-                expected=f"an integer from {min(1, most)} to {most}",
-                found=shown(rank),
-                remedy="use the same adapter settings on both sides",
-            )
-        )
-    return rank
-
-
-def _ranks(packet: Packet, key: str) -> Ranks:
-    text = packet.manifest.get(key, "")
-    if not isinstance(text, str) or not _RANKS.fullmatch(text):
-        raise PacketError(
-            sentence(
-                f"{packet.kind} request, {key}",
-                expected="integers with commas between",
-                found=shown(text),
-                remedy="run the same version on both sides",
-            )
-        )
-    return tuple(int(item) for item in text.split(",") if item)
-
-
-def _epoch(packet: Packet) -> int:
-    epoch = packet.manifest.get("residual.epoch")
-    if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
-        raise PacketError(
-            sentence(
-                f"{packet.kind} request, residual.epoch",
-                expected="an integer from 0",
-                found=shown(epoch),
-                remedy="run the same version on both sides",
-            )
-        )
-    return epoch
-
-
-def _less(end: Ranks, start: Ranks, spec: AdapterSpec) -> Ranks:
-    """How many columns each module is sent.
-
-    Raises:
-        PacketError: the two do not go together.
-    """
-    begun = start or (0,) * len(end)
-    modules = len(residuals.specification(spec, ()).shapes) // 2
-    if not len(begun) == len(end) == modules or any(
-        low < 0 or high < low for low, high in zip(begun, end, strict=True)
-    ):
-        raise PacketError(
-            sentence(
-                "request, residual",
-                expected="ranks from and to of the same modules",
-                found=f"{_text(start)[:60]} and {_text(end)[:60]}",
-                remedy="run the same version on both sides",
-            )
-        )
-    return tuple(high - low for low, high in zip(begun, end, strict=True))
-
-
-def _text(ranks: Ranks) -> str:
-    return ",".join(map(str, ranks))

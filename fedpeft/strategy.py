@@ -28,7 +28,8 @@ class Parts:
 
     `controls` is how many clients there are in all, where they keep control variates (SCAFFOLD), else 0. `mechanism`
     is how the run protects (None: not), `channel` how the server sees sums alone (None: it sees each update). `seed` is
-    the run's, `downlink` the codec of what the server sends.
+    the run's, `downlink` the codec of what the server sends. With `builds` nodes build for themselves what nobody has
+    trained yet.
     """
 
     stage: Stage
@@ -40,6 +41,7 @@ class Parts:
     channel: Channel | None = None
     seed: int = 0
     downlink: Codec = field(default_factory=dense)
+    builds: bool = False
 
 
 class Strategy(NamedTuple):
@@ -52,7 +54,8 @@ class Strategy(NamedTuple):
     do; `controls`: clients keep control variates (SCAFFOLD). `mechanism` is how the run protects, and what a round of
     it costs; with a `channel` the server sees but sums of updates. `seed` is what clients' rounding is drawn from.
     `downlink` is the codec of what the server sends, of the tensors of `travelling(spec)`. Where a channel's sums are
-    of products, `sketch` is the width of their sketch.
+    of products, `sketch` is the width of their sketch. With `builds` nodes build for themselves what nobody has trained
+    yet.
     """
 
     stage: Stage
@@ -67,6 +70,7 @@ class Strategy(NamedTuple):
     seed: int = 0
     downlink: Codec = dense()
     sketch: int | None = None
+    builds: bool = False
 
     def travelling(self, spec: AdapterSpec) -> AdapterSpec:
         """What of the adapter goes down to a node that has what never changes, and what is its own."""
@@ -140,6 +144,7 @@ def build(parts: Parts) -> Strategy:
         parts.seed,
         parts.downlink,
         sketch,
+        parts.builds,
     )
 
 

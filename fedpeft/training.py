@@ -56,6 +56,11 @@ class TorchLearner:
         """The specification of the adapter that this learner trains."""
         return self.adapted.spec
 
+    @property
+    def start(self) -> AdapterState:
+        """The adapter before any training."""
+        return self.adapted.initial
+
     def fit(self, adapter: AdapterState, job: FitJob) -> Fitted:
         """Trains from `adapter` for the settings' number of steps.
 

@@ -19,7 +19,7 @@ from fedpeft.stages import alternate, freeze
 from fedpeft.strategy import Strategy, build
 from fedpeft.updates import Holding, Memory, ServerState
 from fedpeft.wire import Packet, read_update
-from tests.toys import RUN, WIDE, WIDE_SESSION, Toy, counted, federate, flat, parts, plan, site
+from tests.toys import RUN, WIDE, WIDE_SESSION, Toy, counted, federate, flat, never, parts, plan, site
 
 EIGHT = coded(rounding=steps(255, 8, "stochastic"))
 CODECS = (EIGHT, coded(top_k(0.3)), coded(top_k(0.5), steps(15, 8, "nearest"), zstd(3)))
@@ -84,11 +84,11 @@ def test_whoever_missed_a_round_is_sent_what_the_others_have() -> None:
     state, memory, _, _ = round_of(chosen, state, memory)
     whole = fit_request(chosen, state, WIDE_SESSION, 1)
     assert "held" not in whole.manifest
-    adapter = read_request(whole, chosen, WIDE, Memory()).adapter
+    adapter = read_request(whole, chosen, WIDE, Memory(), never).adapter
     assert flat(adapter.tensors) == flat(as_sent(state).tensors)
     older = replace(state, holdings={1: Holding(0, 4)})
     assert "held" not in fit_request(chosen, older, WIDE_SESSION, 1).manifest
-    own = read_request(evaluate_request(chosen, state, WIDE_SESSION, 0), chosen, WIDE, memory).adapter
+    own = read_request(evaluate_request(chosen, state, WIDE_SESSION, 0), chosen, WIDE, memory, never).adapter
     assert flat(own.tensors) == flat(adapter.tensors)
 
 
@@ -99,16 +99,16 @@ def test_a_client_that_lost_its_memory_says_so_and_a_delta_that_was_damaged_is_r
     request = fit_request(chosen, state, WIDE_SESSION, 0)
     words = "expected the adapter after round 1 in this node's memory, found none; ask again; it will be sent"
     with pytest.raises(PacketError, match=words):
-        read_request(request, chosen, WIDE, Memory())
+        read_request(request, chosen, WIDE, Memory(), never)
     odd = Memory(memory.tensors, {**memory.fields, "sent": 5})
     with pytest.raises(PacketError, match="found that after 5"):
-        read_request(request, chosen, WIDE, odd)
+        read_request(request, chosen, WIDE, odd, never)
     for body in (request.body[:-1], b"", request.body + b"\0", bytes([request.body[0] ^ 4]) + request.body[1:]):
         with pytest.raises(PacketError, match="coded payload: expected"):
-            read_request(replace(request, body=body), chosen, WIDE, memory)
+            read_request(replace(request, body=body), chosen, WIDE, memory, never)
     for held in (0, 2, -1, True, 1.0, "1", 10**30):
         with pytest.raises(PacketError, match="fit request, held: expected 1, the round before, found"):
-            read_request(replace(request, manifest={**request.manifest, "held": held}), chosen, WIDE, memory)
+            read_request(replace(request, manifest={**request.manifest, "held": held}), chosen, WIDE, memory, never)
 
 
 @pytest.mark.parametrize("codec", CODECS)

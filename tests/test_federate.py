@@ -386,6 +386,19 @@ def test_frozen_tensors_never_move(config: Callable[..., RunConfig]) -> None:
         assert np.array_equal(value, initial[key]) == key.endswith(".A"), key
 
 
+@families
+def test_an_adapter_that_nodes_build_for_themselves_ends_as_one_that_was_sent(
+    config: Callable[..., RunConfig], family: str
+) -> None:
+    ends = {}
+    for first in ("sent", "built"):
+        made = config(first, adapter={"family": family}, aggregation={"first": first}, rounds=2)
+        records = [record for record in begin(made) if record["event"] == "round"]
+        ends[first] = weights(Path(made.out)), records[0]["bytes_down"]
+    assert ends["built"][0] == ends["sent"][0]
+    assert ends["built"][1] < ends["sent"][1]
+
+
 LONG = {"sequence_classification": {"max_tokens": 500}}
 
 
@@ -424,6 +437,10 @@ def test_a_plan_that_cannot_be_carried_out_leaves_nothing(
         ({**merged_by("fed_sb")}, "set adapter.family=lora_sb"),
         ({**merged_by("flora"), "adapter": {"family": "ia3"}}, "for adapters of family ia3"),
         ({"training": {"scaffold": True}, **merged_by("flora")}, "training.scaffold"),
+        (
+            {"adapter": {"family": "fish_mask"}, "aggregation": {"first": "built"}},
+            "aggregation.first: expected sent, because what fish_mask trains is chosen by rows",
+        ),
     ],
 )
 def test_a_plan_against_the_law_leaves_nothing(

@@ -28,8 +28,10 @@ from tests.toys import (
     WIDE,
     WIDE_SESSION,
     Toy,
+    bits,
     counted,
     flat,
+    never,
     numbers,
     parts,
     site,
@@ -43,16 +45,12 @@ PERSONAL = strategy(keep_local(["*.B"]))
 CONTROLLED = build(replace(parts(), controls=3))
 
 
-def bits(tensors: Any) -> dict[str, bytes]:
-    return {key: np.ascontiguousarray(value).tobytes() for key, value in sorted(tensors.items())}
-
-
 def request(held: ServerState, plan: Strategy | None = None, rank: int = 0, partition: int = 0) -> Packet:
     return fit_request(plan or strategy(), held, WIDE_SESSION, partition, rank)
 
 
 def read(packet: Packet, memory: Memory | None = None, plan: Strategy | None = None) -> Received:
-    return read_request(packet, plan or strategy(), WIDE, memory or Memory())
+    return read_request(packet, plan or strategy(), WIDE, memory or Memory(), lambda: AdapterState(WIDE, counted()))
 
 
 def changed(packet: Packet, body: bytes | None = None, **changes: Any) -> Packet:
@@ -68,7 +66,7 @@ def test_a_fit_request_is_for_the_round_to_come_and_an_evaluation_for_the_round_
     assert (score.kind, score.manifest["round"]) == ("evaluate", 4)
     assert (asked.kind, asked.manifest["round"], asked.body) == ("describe", 5, b"")
     assert fit.manifest["version"] == score.manifest["version"] == asked.manifest["version"] == VERSION
-    assert flat(read_request(fit, strategy(), SPEC, Memory()).adapter.tensors) == [1, 2, 3]
+    assert flat(read_request(fit, strategy(), SPEC, Memory(), never).adapter.tensors) == [1, 2, 3]
 
 
 # The adapter, at the rank of the node.
@@ -93,9 +91,9 @@ def test_an_adapter_without_ranks_has_none_on_the_wire() -> None:
     for rank in (0, 3):
         packet = request(held, rank=rank)
         assert packet.manifest["rank"] == 0
-        assert flat(read_request(packet, strategy(), spec, Memory()).adapter.tensors) == [1.0]
+        assert flat(read_request(packet, strategy(), spec, Memory(), never).adapter.tensors) == [1.0]
     with pytest.raises(PacketError, match="rank: expected an integer from 0 to 0, found 1"):
-        read_request(changed(request(held), rank=1), strategy(), spec, Memory())
+        read_request(changed(request(held), rank=1), strategy(), spec, Memory(), never)
 
 
 @pytest.mark.parametrize("rank", [None, 0, -1, 5, True, 2.0, "2", float("nan"), pytest.param(10**400, id="vast")])
@@ -107,7 +105,7 @@ def test_a_rank_that_the_adapter_cannot_have_is_refused(rank: object) -> None:
 @pytest.mark.parametrize("body", [b"", bytes(8), bytes(16)])
 def test_a_request_of_the_wrong_size_is_refused(body: bytes) -> None:
     with pytest.raises(PacketError, match="12 bytes"):
-        read_request(Packet("fit", {"rank": 1, "round": 1}, body), strategy(), SPEC, Memory())
+        read_request(Packet("fit", {"rank": 1, "round": 1}, body), strategy(), SPEC, Memory(), never)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -120,7 +118,7 @@ def test_a_request_of_another_rank_than_it_says_is_refused(rank: int) -> None:
 def test_a_request_that_is_not_finite_is_refused() -> None:
     body = strategy().codec.encode(numbers(0, float("nan"), 0), SPEC)
     with pytest.raises(AdapterError, match=r"fit request, tensor layer\.A"):
-        read_request(Packet("fit", {"rank": 1, "round": 1}, body), strategy(), SPEC, Memory())
+        read_request(Packet("fit", {"rank": 1, "round": 1}, body), strategy(), SPEC, Memory(), never)
 
 
 # What never changes, and what stays with the node.
@@ -558,27 +556,29 @@ def test_a_node_has_the_servers_adapter_to_the_bit_however_often_it_was_away(tak
     held, memory = layered(), Memory()
     for there in takes_part:
         if there:
-            found = read_request(request(held, TURNS), TURNS, LAYERED, memory)
+            found = read_request(request(held, TURNS), TURNS, LAYERED, memory, never)
             assert bits(found.adapter.tensors) == bits(held.adapter.tensors)
             memory, since = found.memory, held.round
             held = replace(turned(held), holdings=known(1, since))
             scored = evaluate_request(TURNS, held, WIDE_SESSION, 0)
-            assert bits(read_request(scored, TURNS, LAYERED, memory).adapter.tensors) == bits(held.adapter.tensors)
+            assert bits(read_request(scored, TURNS, LAYERED, memory, never).adapter.tensors) == bits(
+                held.adapter.tensors
+            )
         else:
             held = turned(held)
 
 
 def test_a_node_that_has_layers_of_another_round_asks_for_all_of_them() -> None:
-    memory = read_request(request(layered(), TURNS), TURNS, LAYERED, Memory()).memory
+    memory = read_request(request(layered(), TURNS), TURNS, LAYERED, Memory(), never).memory
     packet = request(replace(layered(4), holdings=known(1, 3)), TURNS)
     with pytest.raises(PacketError, match="those of round 3 in this node's memory, found those of round 0"):
-        read_request(packet, TURNS, LAYERED, memory)
+        read_request(packet, TURNS, LAYERED, memory, never)
     with pytest.raises(PacketError, match="found those of round None"):
-        read_request(packet, TURNS, LAYERED, Memory())
+        read_request(packet, TURNS, LAYERED, Memory(), never)
 
 
 @pytest.mark.parametrize("since", [-1, 6, True, "3", 2.0])
 def test_a_round_that_cannot_have_been_is_refused(since: Any) -> None:
     packet = request(replace(layered(4), holdings=known(1, 3)), TURNS)
     with pytest.raises(PacketError, match="request, since: expected an integer from 0 to 5"):
-        read_request(changed(packet, since=since), TURNS, LAYERED, Memory())
+        read_request(changed(packet, since=since), TURNS, LAYERED, Memory(), never)

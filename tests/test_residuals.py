@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,7 +11,7 @@ from fedpeft import residuals
 from fedpeft.adapters import AdapterSpec, AdapterState, Factors, ModuleSpec, Tensors
 from fedpeft.residuals import Grown
 from fedpeft.updates import Drift
-from tests.toys import counted
+from tests.toys import bits, counted
 
 SIDES = {"left": (6, 7), "right": (9, 4)}
 LAYERS = AdapterSpec(
@@ -59,10 +57,6 @@ def grown(*parts: dict[str, Factors], budget: int = 0, before: Grown | None = No
         round_ += 1
         held = residuals.grow(held.adapter, held.drift, round_, more, budget)
     return held
-
-
-def bits(tensors: Any) -> dict[str, bytes]:
-    return {key: np.ascontiguousarray(value).tobytes() for key, value in sorted(tensors.items())}
 
 
 # What it looks like.

@@ -36,6 +36,7 @@ from tests.toys import (
     WIDE_SESSION,
     Script,
     Toy,
+    bits,
     counted,
     evaluate,
     federate,
@@ -52,10 +53,6 @@ from tests.toys import (
 )
 
 CONTROLLED = build(replace(parts(), controls=3))
-
-
-def bits(tensors: Any) -> dict[str, bytes]:
-    return {key: np.ascontiguousarray(value).tobytes() for key, value in sorted(tensors.items())}
 
 
 def test_one_round_by_hand(tmp_path: Path) -> None:

@@ -70,6 +70,16 @@ def flat(tensors: Mapping[str, np.ndarray]) -> list[float]:
     return [float(x) for key in sorted(tensors) for x in tensors[key].ravel()]
 
 
+def bits(tensors: Any) -> dict[str, bytes]:
+    """The bytes of each tensor, in order of key."""
+    return {key: np.ascontiguousarray(value).tobytes() for key, value in sorted(tensors.items())}
+
+
+def never() -> AdapterState:
+    """For a request that counts on nothing a node would have to build."""
+    raise AssertionError("nothing was to be built")
+
+
 def state(*values: float, round_: int = 0, **more: Any) -> ServerState:
     return ServerState(RUN, round_, 0, AdapterState(SPEC, numbers(*(values or (0.0, 0.0, 0.0)))), **more)
 
@@ -103,6 +113,10 @@ class Toy:
     seen: list[AdapterState] = field(default_factory=list)
     jobs: list[FitJob] = field(default_factory=list)
     spec: AdapterSpec = SPEC
+
+    @property
+    def start(self) -> AdapterState:
+        return AdapterState(self.spec, counted(spec=self.spec) if self.spec == WIDE else numbers(0, 0, 0))
 
     def fit(self, adapter: AdapterState, job: FitJob) -> Fitted:
         self.seen.append(adapter)

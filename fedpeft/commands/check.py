@@ -183,7 +183,7 @@ def messages(strategy: Strategy, spec: AdapterSpec) -> Messages:
     variates = [dense().size(part) if strategy.controls else 0 for part in shared]
     sent = [strategy.codec.size(part) + variate for part, variate in zip(shared, variates, strict=True)]
     return Messages(
-        dense().size(spec) + variates[0],
+        (0 if strategy.builds else dense().size(spec)) + variates[0],
         dense().size(again) + variates[0],
         tuple(sent),
         strategy.stage.turns,

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fedpeft.config.codecs import CODECS
-from fedpeft.config.fields import Choice, choice, require_range
+from fedpeft.config.fields import Choice, choice, require, require_range
 from fedpeft.config.merges import MERGES
 from fedpeft.config.optimizers import OPTIMIZERS
 from fedpeft.stages import Stage, chain, clip, freeze, keep_local, keep_silent, take_turns
+
+FIRST = ("sent", "built")
+"""How the first adapter comes to a node."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,18 @@ class StagesConfig:
 
 @dataclass(frozen=True)
 class AggregationConfig:
-    """How updates travel, are merged, and move the adapter, and how that travels back."""
+    """How updates travel, are merged, and move the adapter, and how that travels back.
 
+    With `first` = `built` nodes build for themselves what nobody has trained yet, and compare its SHA-256; `sent` sends
+    its numbers.
+    """
+
+    first: str = "sent"
     stages: StagesConfig = field(default_factory=StagesConfig)
     codec: Choice = choice(CODECS, "dense")
     downlink: Choice = choice(CODECS, "dense")
     merge: Choice = choice(MERGES, "fedavg")
     optimizer: Choice = choice(OPTIMIZERS, "sgd")
+
+    def __post_init__(self) -> None:
+        require(self.first in FIRST, "first", expected=f"one of {', '.join(FIRST)}", found=self.first)

@@ -10,6 +10,9 @@ from fedpeft.codecs import ROUNDINGS, Codec, bf16, coded, dense, low_rank, steps
 from fedpeft.config.fields import Table, require, require_range
 from fedpeft.errors import PlanError, sentence
 
+HEAD_LEVELS = (255, 15, 4, 3)
+"""How many steps a number of a head may have: those of `Int8`, `Int4`, `Int2` and `Ternary`."""
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -42,9 +45,7 @@ class Int8(Dense):
     levels: ClassVar[int] = 255
 
     def __post_init__(self) -> None:
-        require_range(self, "block", 1, 65536)
-        names = ", ".join(ROUNDINGS)
-        require(self.rounding in ROUNDINGS, "rounding", expected=f"one of {names}", found=self.rounding)
+        _require_blocks(self)
 
     def parts(self) -> Mapping[str, Any]:
         """See Dense."""
@@ -116,6 +117,24 @@ class Zstd(Dense):
 
 
 @dataclass(frozen=True)
+class Heads(Dense):
+    """What is trained whole beside an adapter is rounded too: blocks of `block` numbers, each in one of `levels`."""
+
+    levels: int = 255
+    block: int = 64
+    rounding: str = "stochastic"
+
+    def __post_init__(self) -> None:
+        known = ", ".join(map(str, HEAD_LEVELS))
+        require(self.levels in HEAD_LEVELS, "levels", expected=f"one of {known}", found=self.levels)
+        _require_blocks(self)
+
+    def parts(self) -> Mapping[str, Any]:
+        """See Dense."""
+        return {"heads": steps(self.levels, self.block, self.rounding)}
+
+
+@dataclass(frozen=True)
 class ErrorFeedback(Dense):
     """A client adds to each update what the codec lost of those before.
 
@@ -166,9 +185,17 @@ CODECS = Table(
         "ternary": Ternary,
         "top_k": TopK,
         "low_rank": LowRank,
+        "heads": Heads,
         "zstd": Zstd,
         "error_feedback": ErrorFeedback,
     },
     together=Together,
 )
 """The parts of codecs by name; several with + between make one codec."""
+
+
+def _require_blocks(settings: Any) -> None:
+    """Raises ConfigError for blocks or a rounding that there is none of."""
+    require_range(settings, "block", 1, 65536)
+    names = ", ".join(ROUNDINGS)
+    require(settings.rounding in ROUNDINGS, "rounding", expected=f"one of {names}", found=settings.rounding)

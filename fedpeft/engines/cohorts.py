@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedpeft.adapters import AdapterSpec, AdapterState
-from fedpeft.client import FitJob, Fitted, Learner
+from fedpeft.adapters import AdapterState
+from fedpeft.client import FitJob, Fitted, InPlace, Learner
 from fedpeft.cohort import Member, fit_cohort, together, unserved
 from fedpeft.cohort_choice import ALONE, CHOICES
 from fedpeft.cohort_layers import WAYS
@@ -122,38 +122,22 @@ class _Noted(FedPeftError):
 
 
 @dataclass(frozen=True)
-class Noting:
+class Noting(InPlace):
     """Stands for a learner, and notes what a request asks of it."""
 
-    inner: Learner
     asked: list[tuple[AdapterState, FitJob]]
-
-    @property
-    def spec(self) -> AdapterSpec:
-        """See Learner."""
-        return self.inner.spec
 
     def fit(self, adapter: AdapterState, job: FitJob) -> Fitted:
         """Nothing is trained."""
         self.asked.append((adapter, job))
         raise _Noted("noted")
 
-    def evaluate(self, adapter: AdapterState) -> Mapping[str, float]:
-        """See Learner."""
-        return self.inner.evaluate(adapter)
-
 
 @dataclass(frozen=True)
-class Done:
+class Done(InPlace):
     """Stands for a learner that has been trained with others."""
 
-    inner: Learner
     trained: Trained
-
-    @property
-    def spec(self) -> AdapterSpec:
-        """See Learner."""
-        return self.inner.spec
 
     def fit(self, adapter: AdapterState, job: FitJob) -> Fitted:
         """What training came to.
@@ -165,10 +149,6 @@ class Done:
         if isinstance(self.trained.outcome, FedPeftError):
             raise self.trained.outcome
         return self.trained.outcome
-
-    def evaluate(self, adapter: AdapterState) -> Mapping[str, float]:
-        """See Learner."""
-        return self.inner.evaluate(adapter)
 
 
 def some_at_once(partitions: Sequence[int]) -> Iterator[Sequence[int]]:

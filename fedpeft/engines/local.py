@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from fedpeft.adapters import AdapterSpec, AdapterState
-from fedpeft.client import FitJob, Fitted, Learner, Site, handle
+from fedpeft.adapters import AdapterState
+from fedpeft.client import FitJob, Fitted, InPlace, Site, handle
 from fedpeft.config import RunConfig
 from fedpeft.engines.cohorts import Asked, Cohorts, Done, Noting, some_at_once
 from fedpeft.experiment import site_of
@@ -96,16 +96,10 @@ class LocalTransport:
 
 
 @dataclass(frozen=True)
-class _Clocked:
+class _Clocked(InPlace):
     """A learner whose seconds of training are noted in `spent`."""
 
-    inner: Learner
     spent: list[float]
-
-    @property
-    def spec(self) -> AdapterSpec:
-        """See Learner."""
-        return self.inner.spec
 
     def fit(self, adapter: AdapterState, job: FitJob) -> Fitted:
         """See Learner."""
@@ -114,10 +108,6 @@ class _Clocked:
             return self.inner.fit(adapter, job)
         finally:
             self.spent.append(time.perf_counter() - started)
-
-    def evaluate(self, adapter: AdapterState) -> Mapping[str, float]:
-        """See Learner."""
-        return self.inner.evaluate(adapter)
 
 
 def _asked(packet: Packet, site: Site, memories: MemoryStore) -> list[Asked]:

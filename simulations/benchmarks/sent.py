@@ -1,69 +1,152 @@
-"""Bytes and accuracy: what codecs save, held against float32 LoRA and against full fine-tuning.
+"""Bytes and accuracy: what methods and codecs save, held against float32 LoRA and against full fine-tuning.
 
-The runs are those of `bytes.toml`; a run's own journal tells its bytes and what the same rounds would have sent.
+The runs are those of `bytes.toml`; a run's own journal tells its bytes and what full fine-tuning would have sent.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import ticker
+from matplotlib.figure import Figure
+
 from fedpeft import journal
+from fedpeft.report import drawing
 from fedpeft.report.units import human_bytes, percent, times
 from fedpeft.sweeps.tables import grouped
 
-DENSE = "dense"
+PLAIN = ("LoRA", "float32")
+"""What all others are held against: FedAvg on LoRA, nothing coded."""
+
 SETTINGS = Path(__file__).with_name("bytes.toml")
 WITHIN = 0.005
-"""How much less accurate a codec's runs may be, on average over seeds, for its bytes to count."""
+"""How much less accurate than that runs may be, on average over seeds, for their bytes to count."""
 
 HEADING = (
-    "| codec | bytes up | bytes down | times fewer than float32 LoRA | than full fine-tuning | accuracy |\n"
-    "|---|---:|---:|---:|---:|---:|"
+    "| method, codec | bytes up | bytes down | times fewer than float32 LoRA | than full fine-tuning | until it is "
+    "accurate enough | accuracy |\n|---|---:|---:|---:|---:|---:|---:|"
 )
 
 
 def sent(folder: Path) -> dict[str, float]:
-    """Of a finished run in `folder`: bytes both ways of the same rounds as float32 LoRA and as full fine-tuning."""
-    end = next(record for record in journal.read(folder / "journal.jsonl") if record["event"] == "end")
-    told = end["traffic"]["bytes"]
-    return {f"bytes_{key}": told[key]["up"] + told[key]["down"] for key in ("run", "dense", "full")}
+    """Of a finished run in `folder`: bytes both ways, those of full fine-tuning, and both with accuracy by round."""
+    found, total = {}, 0
+    for record in journal.read(folder / "journal.jsonl"):
+        if record["event"] == "round":
+            total += record["bytes_up"] + record["bytes_down"]
+            if record["evaluation"]:
+                found[f"bytes_{record['round']}"] = float(total)
+                found[f"accuracy_{record['round']}"] = record["evaluation"]["accuracy"]
+        if record["event"] == "end":
+            told = record["traffic"]["bytes"]
+            found |= {f"bytes_{key}": told[key]["up"] + told[key]["down"] for key in ("run", "full")}
+    return found
 
 
-class Codec:
-    """The runs of one codec: ratios of bytes by seed, and means."""
+class Way:
+    """The runs of one method and codec, by seed."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        figures = [row["figures"] for row in rows]
-        self.accuracies = [one["accuracy"] for one in figures]
-        self.over_dense = [one["bytes_dense"] / one["bytes_run"] for one in figures]
-        self.over_full = [one["bytes_full"] / one["bytes_run"] for one in figures]
-        self.up, self.down = (statistics.mean(one[key] for one in figures) for key in ("bytes_up", "bytes_down"))
+        self.figures = {row["seed"]: row["figures"] for row in rows}
+        self.accuracies = [one["accuracy"] for one in self.figures.values()]
+        self.up, self.down = (statistics.mean(one[key] for one in self._all) for key in ("bytes_up", "bytes_down"))
+
+    @property
+    def _all(self) -> list[Mapping[str, float]]:
+        return list(self.figures.values())
 
     @property
     def accuracy(self) -> float:
         """The mean over seeds."""
         return statistics.mean(self.accuracies)
 
+    @property
+    def over_full(self) -> list[float]:
+        """How many times what they sent full fine-tuning would have sent."""
+        return [one["bytes_full"] / one["bytes_run"] for one in self._all]
 
-def codecs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Codec]:
-    """The runs of a sweep, by codec."""
-    return {variants[-1]: Codec(found) for variants, found in grouped(rows).items()}
+    def over(self, plain: Way) -> list[float]:
+        """How many times what they sent the runs of `plain` sent, seed by seed."""
+        return [plain.figures[seed]["bytes_run"] / one["bytes_run"] for seed, one in self.figures.items()]
+
+    def until(self, accuracy: float) -> float:
+        """The bytes, at the median, after which a run was first seen to be so accurate; infinite where it never was."""
+        return statistics.median(_until(one, accuracy) for one in self._all)
 
 
-def best(found: Mapping[str, Codec]) -> str:
-    """The codec of the fewest bytes whose accuracy is within `WITHIN` of that of float32, or better."""
-    enough = found[DENSE].accuracy - WITHIN
-    return max((name for name in found if found[name].accuracy >= enough), key=lambda name: found[name].over_dense[0])
+def ways(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], Way]:
+    """The runs of a sweep, by method and codec."""
+    return {variants: Way(found) for variants, found in grouped(rows).items()}
 
 
-def lines(found: Mapping[str, Codec]) -> list[str]:
-    """A table's row for each codec, with the spread of accuracy over seeds."""
-    return [
-        f"| {name} | {human_bytes(one.up)} | {human_bytes(one.down)} | {times(statistics.median(one.over_dense))} "
-        f"| {times(statistics.median(one.over_full))} "
-        f"| {percent(one.accuracy)} ({percent(min(one.accuracies))} to {percent(max(one.accuracies))}) |"
-        for name, one in found.items()
-    ]
+def enough(found: Mapping[tuple[str, ...], Way]) -> float:
+    """The accuracy that counts as that of float32 LoRA."""
+    return found[PLAIN].accuracy - WITHIN
+
+
+def best(found: Mapping[tuple[str, ...], Way]) -> tuple[str, ...]:
+    """The method and codec of the fewest bytes among those that are accurate enough."""
+    return max(
+        (name for name, way in found.items() if way.accuracy >= enough(found)),
+        key=lambda name: statistics.median(found[name].over(found[PLAIN])),
+    )
+
+
+def front(found: Mapping[tuple[str, ...], Way]) -> list[tuple[str, ...]]:
+    """Those that no other beats in bytes and in accuracy, from the fewest bytes on."""
+    by_bytes = sorted(found, key=lambda name: (found[name].up + found[name].down, -found[name].accuracy))
+    kept: list[tuple[str, ...]] = []
+    for name in by_bytes:
+        if not kept or found[name].accuracy > found[kept[-1]].accuracy:
+            kept.append(name)
+    return kept
+
+
+def lines(found: Mapping[tuple[str, ...], Way]) -> list[str]:
+    """A table's row for each method and codec, with the spread of accuracy over seeds."""
+    shown = []
+    for name, one in found.items():
+        until = one.until(enough(found))
+        words = (
+            ", ".join(name),
+            human_bytes(one.up),
+            human_bytes(one.down),
+            times(statistics.median(one.over(found[PLAIN]))),
+            times(statistics.median(one.over_full)),
+            human_bytes(until) if math.isfinite(until) else "never",
+            f"{percent(one.accuracy)} ({percent(min(one.accuracies))} to {percent(max(one.accuracies))})",
+        )
+        shown.append(f"| {' | '.join(words)} |")
+    return shown
+
+
+def picture(found: Mapping[tuple[str, ...], Way]) -> Figure:
+    """Accuracy against bytes both ways, the range of seeds for each, and a line through those that none beats."""
+    with drawing.style():
+        figure = Figure(figsize=(1.5 * drawing.WIDTH_INCHES, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for name, one in found.items():
+            spread = [[one.accuracy - min(one.accuracies)], [max(one.accuracies) - one.accuracy]]
+            at = one.up + one.down
+            axes.errorbar([at], [one.accuracy], spread, color=drawing.FEDERATION, marker="o", capsize=2)
+            axes.annotate(", ".join(name), (at, one.accuracy), (5, 3), textcoords="offset points", fontsize=7)
+        unbeaten = [(found[name].up + found[name].down, found[name].accuracy) for name in front(found)]
+        axes.plot(*zip(*unbeaten, strict=True), color=drawing.FEDERATION, linewidth=1)
+        axes.axhline(enough(found), color="grey", linestyle=":", linewidth=1)
+        axes.set(xscale="log", xlabel="bytes both ways, whole run", ylabel="accuracy")
+        axes.minorticks_off()
+        axes.margins(x=0.15)
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda number, _: human_bytes(number)))
+        axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
+    return figure
+
+
+def _until(figures: Mapping[str, float], accuracy: float) -> float:
+    """The bytes after the first round in which a run was that accurate."""
+    rounds = sorted(int(key.removeprefix("accuracy_")) for key in figures if key.startswith("accuracy_"))
+    reached = (figures[f"bytes_{round_}"] for round_ in rounds if figures[f"accuracy_{round_}"] >= accuracy)
+    return next(reached, math.inf)

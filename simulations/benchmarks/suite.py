@@ -140,17 +140,17 @@ def _useful_lines(useful: Mapping[tuple[int, int], tuple[Ratio, Ratio]]) -> list
 
 
 def bytes_sent(settings: Path, size: Size) -> Part:  # noqa: ARG001 - as many runs as the sweep's file names
-    """Bytes of codecs over seeds; that of the fewest whose accuracy is that of float32 within half a point."""
+    """Bytes of methods and codecs over seeds; of the fewest whose accuracy is float32 LoRA's within half a point."""
     root, _ = run_sweep(sent.SETTINGS, ["out=runs/benchmark-bytes"], typer.echo)
     rows = [json.loads(line) for line in (root / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-    return told(sent.codecs(rows))
+    return told(sent.ways(rows))
 
 
-def told(found: Mapping[str, sent.Codec]) -> Part:
+def told(found: Mapping[tuple[str, ...], sent.Way]) -> Part:
     """The part that these runs are."""
     best = found[sent.best(found)]
-    ratios = {"bytes_vs_lora_fp32": spread(best.over_dense), "bytes_vs_full": spread(best.over_full)}
-    return Part(ratios, ["\n".join([sent.HEADING, *sent.lines(found)])])
+    ratios = {"bytes_vs_lora_fp32": spread(best.over(found[sent.PLAIN])), "bytes_vs_full": spread(best.over_full)}
+    return Part(ratios, ["\n".join([sent.HEADING, *sent.lines(found)])], sent.picture(found))
 
 
 def merging(settings: Path, size: Size) -> Part:  # noqa: ARG001 - one cell, whose repeats the benchmark knows

@@ -33,6 +33,8 @@ CODECS: dict[str, Codec] = {
     "zstd": coded(entropy=zstd(3)),
     "a half in 15 levels, squeezed": coded(top_k(0.5), steps(15, 8, "stochastic"), zstd(3)),
     "rank 1 in 255 levels": coded(low_rank(1), steps(255, 8, "stochastic")),
+    "heads in 15 levels": coded(top_k(0.5), steps(3, 8, "nearest"), zstd(3), heads=steps(15, 8, "stochastic")),
+    "heads alone": coded(heads=steps(255, 8, "nearest")),
 }
 NAMES = {id(codec): name for name, codec in CODECS.items()}
 every = pytest.mark.parametrize("codec", CODECS.values(), ids=list(CODECS))
@@ -80,8 +82,9 @@ def test_what_comes_back_has_the_shapes_of_what_went(codec: Codec, spec: Adapter
     assert codec.encode(tensors, spec, generator()) == data
 
 
-@every
-def test_a_head_beside_an_adapter_travels_to_the_bit(codec: Codec) -> None:
+@pytest.mark.parametrize("name", [name for name in CODECS if not name.startswith("heads")])
+def test_a_head_beside_an_adapter_travels_to_the_bit(name: str) -> None:
+    codec = CODECS[name]
     tensors = {key: value * 1e-3 for key, value in drawn(SPEC).items()}
     found = there_and_back(codec, tensors, SPEC)
     assert np.array_equal(found["head.weight"], tensors["head.weight"])
@@ -96,6 +99,22 @@ def test_a_head_alone_is_coded() -> None:
     assert codec.size(alone) == 2 + 2 + 4
     # Beside an adapter of 75 numbers: four in float32, two blocks.
     assert codec.size(SPEC) == 4 * 4 + 2 * 2 + 38 + 4
+
+
+def test_a_head_is_rounded_where_that_is_asked_for() -> None:
+    """Four numbers of a head in half a byte each and a step of two bytes, in place of 16 bytes."""
+    alone, whole = coded(heads=steps(15, 64, "nearest")), coded()
+    assert whole.size(SPEC) - alone.size(SPEC) == 4 * 4 - (2 + 2)
+    tensors = drawn(SPEC)
+    found = there_and_back(alone, tensors, SPEC)
+    assert all(np.array_equal(found[key], tensors[key]) for key in LAYER.shapes)
+    step = float(np.abs(tensors["head.weight"]).max()) / 7
+    assert 0 < float(np.abs(found["head.weight"] - tensors["head.weight"]).max()) <= 0.51 * step
+    assert alone.expands_norm
+    assert alone.contracts
+    assert not alone.exact
+    with pytest.raises(AdapterError, match=r"update to encode, tensor head.weight: expected numbers of at most"):
+        alone.encode({**tensors, "head.weight": np.full(4, 2 * MOST, np.float32)}, SPEC, generator())
 
 
 @every

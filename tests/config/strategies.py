@@ -13,6 +13,8 @@ from fedpeft.codecs import ROUNDINGS
 from fedpeft.config import Choice, RunConfig
 from fedpeft.config.adapters import Lora
 from fedpeft.config.adapters.rotations import Hra
+from fedpeft.config.aggregation import FIRST
+from fedpeft.config.codecs import HEAD_LEVELS
 from fedpeft.config.federation import CHANNELS, RANKS, ByMemory, FailuresConfig, FederationConfig
 from fedpeft.config.fields import Table
 from fedpeft.config.observation import LOG_FORMATS, SINKS
@@ -50,7 +52,9 @@ BOUND: dict[str, st.SearchStrategy[Any]] = {
     "form": st.sampled_from(["prompt", "messages"]),
     "group_size": st.integers(2, 40),
     "keep": st.floats(0.01, 1.0),
+    "first": st.sampled_from(FIRST),
     "level": st.integers(1, 19),
+    "levels": st.sampled_from(HEAD_LEVELS),
     "label_smoothing": st.floats(0.0, 0.5),
     "labels": st.lists(TEXTS, min_size=2, max_size=4, unique=True).map(tuple),
     "links": st.sampled_from([(), ("ship = 4 1 600 50 80",)]),

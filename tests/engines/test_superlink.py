@@ -59,9 +59,11 @@ def test_superlink_with_supernodes_gives_the_bytes_of_the_in_process_engine(
             processes.started(lines[0], lab.env, lab.root, logs[1]),
             processes.started(lines[1], lab.env, lab.root, logs[2]),
         ):
-            run_id = lab.start("lab", out, *TWO)
+            run_id = lab.start("lab", out, *TWO, "aggregation.first=built")
             assert lab.finished("lab", run_id, *logs) == "finished:completed"
             assert adapter(out) == expected
+            rounds = [record for record in journal.read(RunFolder(out).journal) if record["event"] == "round"]
+            assert rounds[0]["bytes_down"] < rounds[1]["bytes_down"] / 50
             assert journal.read(RunFolder(out).journal)[0]["engine"] == "flower"
             assert {path.parent.name for path in (lab.root / "cache" / "nodes").rglob("round-*")} == {
                 "partition-0",

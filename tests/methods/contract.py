@@ -90,7 +90,7 @@ def travels(subject: Subject) -> float:
     plan, sent = strategy("fedavg"), subject.clients[0]
     session, state = Session("run", "config", subject.one.spec.digest), ServerState("run", 3, 0, sent)
     packet = requests.fit_request(plan, state, session, 0)
-    received = requests.read_request(packet, plan, subject.other.spec, Memory()).adapter
+    received = requests.read_request(packet, plan, subject.other.spec, Memory(), lambda: subject.other.initial).adapter
     assert same(received.tensors, sent.tensors)
     models.install(subject.one, sent)
     models.install(subject.other, received)
