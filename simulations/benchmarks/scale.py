@@ -3,8 +3,8 @@
     python -m simulations.benchmarks.scale simulations/demo.toml --clients 10000
 
 Each number of clients is a whole run, its report included, in a process of its own. Who is asked in a round, and the
-rows of each client, are as many whatever the number; only how many there are to ask from grows. Rows are the bundled
-sentiments, numbered where they come round again. Memory is the greatest that the process held from its start to its
+rows of each client, are as many whatever the number; only how many there are to ask from grows. Rows are some of the
+bundled sentiments, with a number before each that tells it from where it comes round again. Memory is the greatest that the process held from its start to its
 end. Seconds are those from one round to the next with all that the framework does in between, the first and the last
 left out: in the one layers are met for the first time, in the other the adapter is scored.
 """
@@ -77,13 +77,15 @@ class Cost(NamedTuple):
 
 
 def rows_of(config: RunConfig, clients: int, path: Path) -> None:
-    """`path` holds as many distinct rows as `clients` need, and some to hold out, as JSON lines."""
-    known = read(config.data.origin.chosen, TEXT_AND_LABEL)
+    """`path` holds as many distinct rows as `clients` need, and some to hold out, as JSON lines.
+
+    They are as long for many clients as for few: those of `FEW`, with the number of the time that they come round.
+    """
+    known = read(config.data.origin.chosen, TEXT_AND_LABEL)[: FEW * ROWS + _SPARE_ROWS]
     with path.open("w", encoding="utf-8") as lines:
         for at in range(clients * ROWS + _SPARE_ROWS):
             row, again = known[at % len(known)], at // len(known)
-            text = f"{again} {row.text}" if again else row.text
-            lines.write(json.dumps({"text": text, "label": row.label}) + "\n")
+            lines.write(json.dumps({"text": f"{again} {row.text}", "label": row.label}) + "\n")
 
 
 def cost_of(settings: Path, told: Sequence[str], folder: Path) -> Cost:
