@@ -162,6 +162,11 @@ def device_of(config: ModelConfig) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def cores_for(config: ModelConfig) -> int:
+    """How many processes can compute with the base at once: one for each core, or one on a GPU."""
+    return (os.cpu_count() or 1) if device_of(config) == "cpu" else 1
+
+
 def _from_where(config: ModelConfig) -> dict[str, Any]:
     """What transformers is told of a source: its revision, no network if it can do without, and no code of its own."""
     offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in {"1", "true", "yes"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedpeft import ranks, rounds
 from fedpeft.adapters import AdapterState
-from fedpeft.bases import load_tokenizer
+from fedpeft.bases import cores_for, load_tokenizer
 from fedpeft.client import Site
 from fedpeft.config import Choice, RunConfig, choose, digest
 from fedpeft.config.data import DataConfig
@@ -56,7 +56,7 @@ class Dealt:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """`config` with what it leaves open filled in: the task's labels, in the order of the head's outputs, and metric.
+    """`config` with what it leaves open filled in: labels, in the order of the head's outputs, metric, noise, workers.
 
     Raises:
         PlanError: the task does not measure the metric.
@@ -68,6 +68,7 @@ def resolve(config: RunConfig) -> RunConfig:
         task=choose(config.task.table, config.task.name, **{config.task.name: task}),
         evaluation=replace(config.evaluation, metric=metric_of(config)),
         privacy=_settled(config),
+        compute=replace(config.compute, workers=config.workers_on(cores_for(config.model))),
     )
 
 

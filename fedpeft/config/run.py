@@ -25,7 +25,8 @@ class ComputeConfig:
     names a running cluster (`host:port`). In-process, the clients of a round train together in one pass over the
     base that they share (`cohort = "on"`), one by one (`"off"`), or as a moment's measuring finds faster (`"auto"`); at
     most `cohort_tokens` tokens of several clients are in the model at once. Above 1, `workers` are processes that
-    divide a round's clients and the `threads` of the machine among them, and have the base between them.
+    divide a round's clients and the `threads` of the machine among them, and have the base between them; 0 is one for
+    each thread, as far as there are clients.
     """
 
     threads: int = 0
@@ -41,7 +42,7 @@ class ComputeConfig:
         require(self.cpus_per_client > 0, "cpus_per_client", expected="above 0", found=self.cpus_per_client)
         require(self.cohort in ("auto", "on", "off"), "cohort", expected="auto, on or off", found=self.cohort)
         require_range(self, "cohort_tokens", 1)
-        require_range(self, "workers", 1)
+        require_range(self, "workers", 0)
         require_range(self, "gpus_per_client", 0.0)
 
 
@@ -83,3 +84,8 @@ class RunConfig:
             found=workers,
             remedy="lower compute.workers, or raise compute.threads where the machine has more cores",
         )
+
+    def workers_on(self, cores: int) -> int:
+        """How many worker processes the settings mean on a machine of so many cores."""
+        compute = self.compute
+        return compute.workers or max(1, min(compute.threads or cores, cores, self.federation.cohort))

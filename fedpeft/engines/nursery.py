@@ -7,6 +7,7 @@ and peft for seconds. This one has them once, and meanwhile the run's process im
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 from collections.abc import Sequence
 from multiprocessing import forkserver
@@ -40,7 +41,7 @@ def begin(path: Path | None, overrides: Sequence[str], resume: Path | None) -> N
     """
     settings = RunFolder(resume).config if resume else path
     try:
-        several = settings is not None and load(settings, list(overrides)).compute.workers > 1
+        several = settings is not None and load(settings, list(overrides)).workers_on(os.cpu_count() or 1) > 1
     except (FedPeftError, OSError):
         return
     if several and FORKS:

@@ -4,9 +4,10 @@
 
 Each number of clients is a whole run, its report included, in a process of its own. Who is asked in a round, and the
 rows of each client, are as many whatever the number; only how many there are to ask from grows. Rows are some of the
-bundled sentiments, with a number before each that tells it from where it comes round again. Memory is the greatest that the process held from its start to its
-end. Seconds are those from one round to the next with all that the framework does in between, the first and the last
-left out: in the one layers are met for the first time, in the other the adapter is scored.
+bundled sentiments, with a number before each that tells it from where it comes round again. Memory is the greatest that
+the process held from its start to its end. Seconds are those from one round to the next with all that the framework
+does in between, the first and the last left out: in the one layers are met for the first time, in the other the adapter
+is scored.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from fedpeft.config.run import ComputeConfig
 from fedpeft.engines import workers
 from fedpeft.engines.workers import WorkersTransport, local_transport, parts_of, threads_of
 from fedpeft.errors import ConfigError
-from fedpeft.experiment import adapted_model, plan_of, start_of, strategy_of
+from fedpeft.experiment import adapted_model, plan_of, resolve, start_of, strategy_of
 from fedpeft.federate import federate
 from fedpeft.memory import FolderMemory
 from fedpeft.requests import fit_request
@@ -234,7 +234,7 @@ def test_no_process_outlives_the_run(tiny_run: str, tmp_path: Path, how: signal.
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
-        (("compute.workers=0",), "compute.workers"),
+        (("compute.workers=-1",), "compute.workers"),
         (("compute.threads=2", "compute.workers=3"), "lower compute.workers, or raise compute.threads"),
     ],
 )
@@ -244,6 +244,26 @@ def test_workers_that_make_no_sense_are_refused(
     (tmp_path / "run.toml").write_text(tiny_run, encoding="utf-8")
     with pytest.raises(ConfigError, match=expected):
         load(tmp_path / "run.toml", list(told))
+
+
+@pytest.mark.parametrize(
+    ("told", "cores", "expected"),
+    [
+        ((), 8, 3),  # no more than clients that train in a round
+        ((), 2, 2),
+        (("compute.threads=1",), 8, 1),
+        (("compute.threads=2",), 8, 2),
+        (("compute.workers=1",), 8, 1),
+        (("compute.workers=5",), 2, 5),  # said so, and refused where they are to be started
+    ],
+)
+def test_workers_that_are_left_open_are_as_many_as_cores(
+    tiny_run: str, tmp_path: Path, told: tuple[str, ...], cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.toml").write_text(tiny_run.replace("compute = { threads = 1 }", ""), encoding="utf-8")
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    config = load(tmp_path / "run.toml", ["compute.workers=0", "federation.cohort=3", *told])
+    assert resolve(config).compute.workers == config.workers_on(cores) == expected
 
 
 def test_clients_and_threads_are_divided() -> None:
