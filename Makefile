@@ -10,6 +10,9 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --constraint constraints.txt
 STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+BENCH_BIN := .venv-bench/bin
+BENCH_PIP := $(BENCH_BIN)/python -m pip install --quiet --no-input --disable-pip-version-check
+BENCH_STAMP := .venv-bench/.installed-$(shell cksum < simulations/benchmarks/pfl.txt | cut -d ' ' -f 1)
 SAY := printf '== %s\n'
 
 # Nothing is looked up on a network at run time.
@@ -20,7 +23,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export TOKENIZERS_PARALLELISM := false
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help setup install assets test-assets browser demo test bench check format format-check lint types tests constraints
+.PHONY: help setup install assets test-assets browser demo test bench bench-pfl-env check format format-check lint types tests constraints
 .NOTPARALLEL:
 
 help: ## say what each command does
@@ -106,6 +109,19 @@ tests: $(STAMP) ## pytest, in WORKERS processes
 bench: setup ## measure this machine: a table, and results/local.json (ARGS='--name laptop --only speed')
 	@$(SAY) "Benchmarks"
 	@$(BIN)/python -m simulations.benchmarks.suite $(ARGS)
+
+bench-pfl-env: $(BENCH_STAMP) ## .venv-bench, with Apple's pfl, which 'make bench' then measures too
+	@$(SAY) "Apple's pfl is in .venv-bench; measure it alone: make bench ARGS='--only pfl'"
+
+$(BENCH_STAMP):
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || { \
+		echo "pfl needs Python 3.11 or 3.12 here, but $(PYTHON) is $$("$(PYTHON)" -V 2>&1); name another: make bench-pfl-env PYTHON=python3.12." >&2; exit 2; }
+	@if [ ! -x $(BENCH_BIN)/python ]; then $(SAY) "Making .venv-bench with $$("$(PYTHON)" -V 2>&1)"; "$(PYTHON)" -m venv .venv-bench; fi
+	@$(SAY) "Installing $(TORCH)$(if $(TORCH_INDEX), from the index that TORCH_INDEX names)"
+	@$(BENCH_PIP) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"
+	@$(SAY) "Installing pfl and what simulations/benchmarks/pfl.txt names"
+	@$(BENCH_PIP) --requirement simulations/benchmarks/pfl.txt
+	@rm -f .venv-bench/.installed-* && touch $@
 
 constraints: $(STAMP) ## write the versions in .venv to constraints.txt
 	@sed -n '/^#/p' constraints.txt > constraints.new

@@ -5,7 +5,9 @@
 
 Each part measures paired: in each repeat all ways take their turn, so that what a machine does besides meets all of
 them. A ratio is a median, and the least where there are several sizes; how far it spread stands beside it. What was not
-measured is not in the file. `--only speed` measures one part anew and keeps the others that the file holds.
+measured is not in the file. `--only speed` measures one part anew and keeps the others that the file holds. The part
+`pfl` wants an environment of its own (`make bench-pfl-env`): without it a suite of all parts says so and goes on, and
+one that names it is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -31,7 +33,7 @@ from fedpeft.report import drawing
 from fedpeft.report.units import relative, times
 from fedpeft.sweeps.running import run_sweep
 from fedpeft.version import VERSION
-from simulations.benchmarks import against_flower, merge, peak, scale, sent, workers
+from simulations.benchmarks import against_flower, against_pfl, merge, peak, scale, sent, sides, workers
 from simulations.benchmarks.ways import DENSE, EXACT, Cell
 
 EDGE, OTHER = ((1, 16), (4, 16)), ((4, 64), (16, 64))
@@ -51,6 +53,10 @@ WORDS: Mapping[str, str] = {
     "vs_flower_ray_warm": "the same, a round after the first",
     "vs_flower_ray_edge": "faster than that, whole processes, batches of 1 × 16 tokens",
     "vs_flower_ray_edge_warm": "the same, a round after the first",
+    "vs_pfl": "faster than Apple's pfl, a round after the first, same clients, batches and steps, the demo's batches",
+    "vs_pfl_whole": "the same, whole processes, five rounds",
+    "vs_pfl_edge": "faster than pfl, a round after the first, batches of 1 × 16 tokens",
+    "vs_pfl_edge_whole": "the same, whole processes, five rounds",
     "bytes_vs_lora_fp32": "fewer bytes, both ways, than FedAvg on LoRA in float32, accuracy within half a point",
     "bytes_vs_full": "fewer bytes, both ways, than full fine-tuning in float32, accuracy within half a point",
     "scale_memory_10000_vs_100": "greatest memory of a run of 10,000 clients over that of 100, ten a round",
@@ -80,7 +86,11 @@ class Part(NamedTuple):
 
 
 class Size(NamedTuple):
-    """How much is measured: clients a round, and of small batches; `rounds` and `pairs` of processes against Flower."""
+    """How much is measured: clients a round, and of small batches; and against others, `pairs` of processes.
+
+    Against Flower they have `rounds`, against pfl, which starts sooner, `more_rounds`: of four rounds after the first,
+    the median is of none that only ours scores.
+    """
 
     clients: int
     edge_clients: int
@@ -88,6 +98,7 @@ class Size(NamedTuple):
     overrides: tuple[str, ...]
     ways: Sequence[workers.Way]
     rounds: int = 3
+    more_rounds: int = 5
     pairs: int = 2
 
 
@@ -166,14 +177,37 @@ def merging(settings: Path, size: Size) -> Part:  # noqa: ARG001 - one cell, who
 
 def flower(settings: Path, size: Size) -> Part:
     """How many times faster than Flower's Ray engine with a model for each message: as the settings are, and small."""
-    first, edge = load(settings, []), workers.shaped(load(settings, list(size.overrides)), *EDGE[0])
-    ratios, table = {}, [against_flower.HEADING]
-    for name, words, config in (("vs_flower_ray", "as set", first), ("vs_flower_ray_edge", "1 × 16 tokens", edge)):
-        found = against_flower.measure(against_flower.task(config, size.rounds), size.pairs)
-        over = against_flower.over_flower(found)
-        ratios |= {name: spread(over["whole"]), f"{name}_warm": spread(over["warm"])}
-        table += against_flower.rows(words, found)
+    ratios, table = {}, [sides.HEADING]
+    for edge, words, config in _tasks(settings, size):
+        found = sides.measure(sides.task(config, size.rounds), size.pairs, against_flower.SIDES)
+        over = sides.over(found)
+        ratios |= {f"vs_flower_ray{edge}": spread(over["whole"]), f"vs_flower_ray{edge}_warm": spread(over["warm"])}
+        table += sides.rows(words, found)
     return Part(ratios, ["\n".join(table)])
+
+
+def pfl(settings: Path, size: Size) -> Part:
+    """How many times faster than Apple's pfl, the faster of its two ways: as the settings are, and small.
+
+    Without the environment that pfl needs there are no ratios, and the table is the sentence that says so.
+    """
+    try:
+        against_pfl.require()
+    except ConfigError as missing:
+        return Part({}, [f"Not measured: {missing}"])
+    ratios, table = {}, [sides.HEADING]
+    for edge, words, config in _tasks(settings, size):
+        found = sides.measure(against_pfl.task(config, size.more_rounds), size.pairs, against_pfl.SIDES)
+        over = sides.over(found)
+        ratios |= {f"vs_pfl{edge}": spread(over["warm"]), f"vs_pfl{edge}_whole": spread(over["whole"])}
+        table += sides.rows(words, found)
+    return Part(ratios, ["\n".join(table)])
+
+
+def _tasks(settings: Path, size: Size) -> Iterator[tuple[str, str, RunConfig]]:
+    """What others are held against: (what ratios end with, what tables call it, the settings)."""
+    yield "", "as set", load(settings, [])
+    yield "_edge", "1 × 16 tokens", workers.shaped(load(settings, list(size.overrides)), *EDGE[0])
 
 
 def scaling(settings: Path, size: Size) -> Part:
@@ -189,6 +223,7 @@ def scaling(settings: Path, size: Size) -> Part:
 PARTS: Mapping[str, Callable[[Path, Size], Part]] = {
     "speed": speed,
     "flower": flower,
+    "pfl": pfl,
     "bytes": bytes_sent,
     "scale": scaling,
     "merge": merging,
@@ -267,11 +302,14 @@ def main(
         raise ConfigError(
             sentence("--only", expected=f"some of {', '.join(PARTS)}", found=unknown[0], remedy="name one")
         )
+    if "pfl" in only.split(",") and only != ",".join(PARTS):
+        against_pfl.require()
     path = out / f"{name}.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for part in only.split(","):
         measured = PARTS[part](settings, FULL)
-        found = results({part: measured}, found)
+        if measured.ratios or part not in found.get("tables", {}):  # what was measured before outlives a part left out
+            found = results({part: measured}, found)
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(found, indent=2) + "\n").encode())
         if measured.picture:

@@ -12,8 +12,8 @@ from fedpeft import journal
 from fedpeft.config import load, override
 from fedpeft.errors import ConfigError
 from fedpeft.experiment import resolve
-from simulations.benchmarks import against_flower, merge, peak, scale, sent, suite
-from simulations.benchmarks.against_flower import Took
+from simulations.benchmarks import against_flower, merge, peak, scale, sent, sides, suite
+from simulations.benchmarks.sides import OURS, Took
 from simulations.benchmarks.suite import BEGIN, END, WORDS, Part, Ratio, Size
 from simulations.benchmarks.ways import DENSE, EXACT, Cell
 from simulations.benchmarks.workers import BARE
@@ -107,30 +107,30 @@ def test_both_sides_are_timed_as_whole_processes_and_by_their_own_rounds(
     tiny_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "run.toml").write_text(tiny_run)
-    config = against_flower.task(load(tmp_path / "run.toml", []), 3, ["compute.cohort=off"])
-    own = against_flower.ours(config, tmp_path)
+    config = sides.task(load(tmp_path / "run.toml", []), 3, ["compute.cohort=off"])
+    own = sides.ours(config, tmp_path)
     assert 0 < own.warm < own.whole
 
     def said(command: list[str], home: Path) -> tuple[float, str]:
         return 40.0, 'noise\n{"rounds": [1.0, 21.0, 24.0, 28.0], "whole": 30.0}'
 
-    monkeypatch.setattr(against_flower, "_process", said)
+    monkeypatch.setattr(sides, "process", said)
     other = against_flower.flowers(config, tmp_path)
     assert other == Took(40.0, 3.5)
-    over = against_flower.over_flower([(Took(2.0, 0.5), other)])
-    assert over == {"whole": [20.0], "warm": [7.0]}
-    assert against_flower.rows("demo", [(own, other)])[1] == "| demo | Flower, Ray, a model a message | 40.0 | 3.50 |"
+    found = [{against_flower.FLOWER: other, OURS: Took(2.0, 0.5)}]
+    assert sides.over(found) == {"whole": [20.0], "warm": [7.0]}
+    assert sides.rows("demo", found)[0] == "| demo | Flower, Ray, a model a message | 40.0 | 3.50 |"
 
 
 def test_a_process_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match=r"nowhere failed: .*No module named nowhere"):
-        against_flower._process(["-m", "nowhere"], tmp_path)
+        sides.process(["-m", "nowhere"], tmp_path)
 
 
 @pytest.mark.engines
 def test_the_usual_flower_app_trains_in_every_round(tiny_run: str, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(tiny_run)
-    found = against_flower.flowers(against_flower.task(load(tmp_path / "run.toml", []), 3), tmp_path)
+    found = against_flower.flowers(sides.task(load(tmp_path / "run.toml", []), 3), tmp_path)
     assert 0 < found.warm < found.whole
 
 
