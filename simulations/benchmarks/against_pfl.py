@@ -5,8 +5,9 @@
 
 Whole processes in turns, as `simulations.benchmarks.sides` runs them. What pfl trains on is prepared before its clock
 starts: the base, the adapter as rounds begin with it, and the batches of all clients, so that it neither tokenises nor
-deals rows. It runs as one process of two threads, and as two processes of one thread; ours is held against the faster.
-The learning rate has no schedule, as pfl has none within a round.
+deals rows. It runs as one process of two threads, and as two processes of one thread; ours, of two workers that may
+train clients together (`compute.cohort = "auto"`), is held against the faster. The learning rate has no schedule, as pfl
+has none within a round.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ HOME = Path(".venv-bench")
 PLAIN = ("training.warmup_fraction=0.0", "training.final_fraction=1.0", "training.accumulation=1")
 """Settings under which our local steps are those that pfl knows."""
 
+TOGETHER = "compute.cohort=auto"
+"""Ours trains clients of small batches together."""
+
 SAME = ("torch", "transformers", "peft")
 """Libraries that both sides have of one version."""
 
@@ -63,7 +67,7 @@ def require(home: Path = HOME) -> None:
 
 def task(first: RunConfig, rounds: int) -> RunConfig:
     """The run as both sides can do it."""
-    return sides.task(first, rounds, PLAIN)
+    return sides.task(first, rounds, [*PLAIN, TOGETHER])
 
 
 def visits(config: RunConfig) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:

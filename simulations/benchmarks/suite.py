@@ -178,7 +178,7 @@ def merging(settings: Path, size: Size) -> Part:  # noqa: ARG001 - one cell, who
 def flower(settings: Path, size: Size) -> Part:
     """How many times faster than Flower's Ray engine with a model for each message: as the settings are, and small."""
     ratios, table = {}, [sides.HEADING]
-    for edge, words, config in _tasks(settings, size):
+    for edge, words, config in _tasks(settings, size.overrides):
         found = sides.measure(sides.task(config, size.rounds), size.pairs, against_flower.SIDES)
         over = sides.over(found)
         ratios |= {f"vs_flower_ray{edge}": spread(over["whole"]), f"vs_flower_ray{edge}_warm": spread(over["warm"])}
@@ -189,6 +189,7 @@ def flower(settings: Path, size: Size) -> Part:
 def pfl(settings: Path, size: Size) -> Part:
     """How many times faster than Apple's pfl, the faster of its two ways: as the settings are, and small.
 
+    Small batches keep the settings' local steps: a run of a second is over before clients train together in it.
     Without the environment that pfl needs there are no ratios, and the table is the sentence that says so.
     """
     try:
@@ -196,7 +197,7 @@ def pfl(settings: Path, size: Size) -> Part:
     except ConfigError as missing:
         return Part({}, [f"Not measured: {missing}"])
     ratios, table = {}, [sides.HEADING]
-    for edge, words, config in _tasks(settings, size):
+    for edge, words, config in _tasks(settings):
         found = sides.measure(against_pfl.task(config, size.more_rounds), size.pairs, against_pfl.SIDES)
         over = sides.over(found)
         ratios |= {f"vs_pfl{edge}": spread(over["warm"]), f"vs_pfl{edge}_whole": spread(over["whole"])}
@@ -204,10 +205,10 @@ def pfl(settings: Path, size: Size) -> Part:
     return Part(ratios, ["\n".join(table)])
 
 
-def _tasks(settings: Path, size: Size) -> Iterator[tuple[str, str, RunConfig]]:
-    """What others are held against: (what ratios end with, what tables call it, the settings)."""
+def _tasks(settings: Path, overrides: Sequence[str] = ()) -> Iterator[tuple[str, str, RunConfig]]:
+    """What others are held against: (what ratios end with, what tables call it, the settings; small, `overrides` too)."""
     yield "", "as set", load(settings, [])
-    yield "_edge", "1 × 16 tokens", workers.shaped(load(settings, list(size.overrides)), *EDGE[0])
+    yield "_edge", "1 × 16 tokens", workers.shaped(load(settings, list(overrides)), *EDGE[0])
 
 
 def scaling(settings: Path, size: Size) -> Part:
