@@ -6,7 +6,7 @@
 Whole processes in turns, as `simulations.benchmarks.sides` runs them. What pfl trains on is prepared before its clock
 starts: the base, the adapter as rounds begin with it, and the batches of all clients, so that it neither tokenises nor
 deals rows. It runs as one process of two threads, and as two processes of one thread; ours, of two workers that may
-train clients together (`compute.cohort = "auto"`), is held against the faster. The learning rate has no schedule, as pfl
+train clients together (`compute.cohort = "auto"`), is held against the faster. The rate has no schedule, as pfl
 has none within a round.
 """
 

@@ -206,7 +206,7 @@ def pfl(settings: Path, size: Size) -> Part:
 
 
 def _tasks(settings: Path, overrides: Sequence[str] = ()) -> Iterator[tuple[str, str, RunConfig]]:
-    """What others are held against: (what ratios end with, what tables call it, the settings; small, `overrides` too)."""
+    """What others are held against: the end of ratios, the name in tables, the settings (small: `overrides` too)."""
     yield "", "as set", load(settings, [])
     yield "_edge", "1 × 16 tokens", workers.shaped(load(settings, list(overrides)), *EDGE[0])
 
