@@ -37,6 +37,8 @@ _RAISED = "ServerApp raised an exception: "
 _STOPPED = "finished:stopped"
 """Flower's word for an attempt that somebody ended with `flwr stop`."""
 
+_GONE = "the process of the run's server is gone"
+
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _MOST_CHARACTERS = 500
 _CALL_SECONDS = 120.0
@@ -99,7 +101,7 @@ class Run:
         return journal.ended(RunFolder(self.folder).journal)
 
     def reason(self, number: str) -> str:
-        """Why an attempt failed, by its log."""
+        """Why an attempt failed, by its log; empty where that says nothing."""
         return last_words(self._log(number))
 
     def raised(self, number: str) -> str:
@@ -119,9 +121,9 @@ class Run:
 
 
 def last_words(log: str) -> str:
-    """What the log of an attempt says of its end: the exception of the app's server, or else the last error."""
+    """What the log of an attempt says of its end: the exception of the app's server, or else the last error, if any."""
     errors = [line for line in _lines(log) if "error" in line.lower() and "Exit Code" not in line]
-    return exception_in(log) or next(iter(errors[-1:]), "nothing in its log")[:_MOST_CHARACTERS]
+    return exception_in(log) or next(iter(errors[-1:]), "")[:_MOST_CHARACTERS]
 
 
 def exception_in(log: str) -> str:
@@ -184,11 +186,12 @@ def _attempt(run: Run, say: Callable[[str], None]) -> str:
         if asked - heard > _SILENT_SECONDS:
             return f"nothing heard of it for {_SILENT_SECONDS:g} seconds"
         if status.startswith("finished"):
-            return status if status.endswith("completed") else f"{status}: {run.reason(number)}"
+            why = run.reason(number) or (_GONE if begun else "nothing in its log")
+            return status if status.endswith("completed") else f"{status}: {why}"
         if begun and deserted > 1:
             said = run.raised(number)  # a process that raised may be gone before Flower says that it has failed
             run.stop(number)
-            return said or "the process of the run's server is gone"
+            return said or _GONE
 
 
 def main(

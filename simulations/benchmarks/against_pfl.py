@@ -66,7 +66,7 @@ def task(first: RunConfig, rounds: int) -> RunConfig:
     return sides.task(first, rounds, PLAIN)
 
 
-def visits(config: RunConfig) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
+def visits(config: RunConfig) -> Iterator[tuple[int, int, list[Mapping[str, torch.Tensor]]]]:
     """(round, partition, batches) of all that our clients train on, in order; a batch is what the task collates."""
     training, seen = config.training, dict.fromkeys(range(config.federation.clients), 0)
     pad, state = padding(adapted_model(config)), strategy_of(config).init("benchmark", config.seed, start_of(config))

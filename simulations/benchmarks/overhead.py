@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -50,7 +50,8 @@ def bare_fit(config: RunConfig, model: torch.nn.Module, pad: int, partition: int
     model.train()
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
     stream = batches_from(site_examples(config, partition), training.batch_size, config.seed, partition, 0)
-    for examples in islice(stream, training.steps):
+    for drawn in islice(stream, training.steps):
+        examples: list[Any] = list(drawn)
         width = max(len(example.tokens) for example in examples)
         ids = torch.full((len(examples), width), pad)
         mask = torch.zeros((len(examples), width), dtype=torch.long)

@@ -10,6 +10,7 @@ The second table is of cohorts in which a client has ever more neighbours.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections import defaultdict
@@ -73,8 +74,8 @@ def measured(terms: Terms, members: Mapping[int, Member], values: np.ndarray, dr
     def replies(phase: str, outbox: Mapping[int, bytes]) -> list[tuple[int, bytes]]:
         found = []
         for partition in sorted(set(outbox) - (gone if phase not in ("keys", "shares") else set())):
-            step = acts[phase], members[partition], states[partition], outbox[partition]
-            states[partition], answer = timed(clients[phase], lambda step=step: step[0](*step[1:]))
+            act = functools.partial(acts[phase], members[partition], states[partition], outbox[partition])
+            states[partition], answer = timed(clients[phase], act)
             sent[phase].append(len(answer))
             found.append((partition, answer))
         return found
@@ -88,7 +89,7 @@ def measured(terms: Terms, members: Mapping[int, Member], values: np.ndarray, dr
         ("confirmation", server.gather_confirmations),
     ):
         came = replies(phase, outbox)
-        state, outbox = timed(servers[phase], lambda gather=gather, state=state, came=came: gather(state, came))
+        state, outbox = timed(servers[phase], functools.partial(gather, state, came))
     came = replies("opening", outbox)
     total = timed(servers["opening"], lambda: server.open_sum(state, came)).total
     if not (total == values * (len(members) - dropped)).all():

@@ -62,7 +62,7 @@ class Way:
     @property
     def accuracy(self) -> float:
         """The mean over seeds."""
-        return statistics.mean(self.accuracies)
+        return float(statistics.mean(self.accuracies))
 
     @property
     def over_full(self) -> list[float]:

@@ -177,7 +177,8 @@ def merging(settings: Path, size: Size) -> Part:  # noqa: ARG001 - one cell, who
 
 def flower(settings: Path, size: Size) -> Part:
     """How many times faster than Flower's Ray engine with a model for each message: as the settings are, and small."""
-    ratios, table = {}, [sides.HEADING]
+    ratios: dict[str, Ratio] = {}
+    table = [sides.HEADING]
     for edge, words, config in _tasks(settings, size):
         found = sides.measure(sides.task(config, size.rounds), size.pairs, against_flower.SIDES)
         over = sides.over(found)
@@ -195,7 +196,8 @@ def pfl(settings: Path, size: Size) -> Part:
         against_pfl.require()
     except ConfigError as missing:
         return Part({}, [f"Not measured: {missing}"])
-    ratios, table = {}, [sides.HEADING]
+    ratios: dict[str, Ratio] = {}
+    table = [sides.HEADING]
     for edge, words, config in _tasks(settings, size):
         found = sides.measure(against_pfl.task(config, size.more_rounds), size.pairs, against_pfl.SIDES)
         over = sides.over(found)

@@ -71,7 +71,7 @@ def train(message: Message, context: Context) -> Message:
 def main(settings: str) -> None:
     """Runs the federation and prints when its rounds were over."""
     started, config, over = time.perf_counter(), _config(settings), []
-    server, trained = ServerApp(), []
+    server, trained = ServerApp(), list[float]()
 
     def settled(round_: int, arrays: ArrayRecord) -> MetricRecord:  # noqa: ARG001
         over.append(time.perf_counter() - started)

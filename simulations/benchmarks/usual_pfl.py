@@ -44,7 +44,7 @@ LIBRARIES = ("pfl", "torch", "transformers", "peft")
 Batch = Mapping[str, torch.Tensor]
 
 
-class Batches(Dataset):
+class Batches(Dataset):  # type: ignore[misc]
     """One client's local steps of one round: batches of a length each, `input_ids` of (batch, tokens)."""
 
     def __init__(self, batches: list[Batch], user_id: str) -> None:
@@ -56,7 +56,7 @@ class Batches(Dataset):
         return iter(self._batches)
 
 
-class Clock(TrainingProcessCallback):
+class Clock(TrainingProcessCallback):  # type: ignore[misc]
     """When each round was over, in seconds since `started`, and the mean of the `losses` that it added."""
 
     def __init__(self, started: float, losses: list[torch.Tensor]) -> None:
@@ -78,7 +78,7 @@ class Clock(TrainingProcessCallback):
         return False, Metrics()
 
 
-def new_model(job: Mapping[str, Any], folder: Path, losses: list[torch.Tensor]) -> torch.nn.Module:
+def new_model(job: Mapping[str, Any], folder: Path, losses: list[torch.Tensor]) -> Any:
     """The base with its adapter, and what pfl asks of a model; `losses` takes the loss of every step."""
     base = getattr(transformers, job["auto"]).from_pretrained(folder / "base")
     model = peft.PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
@@ -92,7 +92,8 @@ def new_model(job: Mapping[str, Any], folder: Path, losses: list[torch.Tensor]) 
     def metrics(self: torch.nn.Module, **batch: torch.Tensor) -> dict[str, Any]:  # noqa: ARG001 - nothing is scored
         return {"rows": Summed(len(batch["labels"]))}
 
-    model.loss, model.metrics = types.MethodType(loss, model), types.MethodType(metrics, model)
+    for name, method in (("loss", loss), ("metrics", metrics)):
+        setattr(model, name, types.MethodType(method, model))
     return model
 
 

@@ -109,7 +109,7 @@ def main(
     wanted = _known("--methods", methods.split(";"), every) if methods else every
     jobs = [(suite, method) for suite in chosen for method in SUITES[suite] if method in wanted]
     with ThreadPoolExecutor(processes) as pool:
-        list(pool.map(lambda job: run(out, *job, set_ or []), jobs))
+        list(pool.map(lambda job: run(out, job[0], job[1], set_ or []), jobs))
     rows = [row_of(suite, method, folder_of(out, suite, method)) for suite, method in jobs]
     if any(suite == "chat" for suite, _ in jobs):
         rows.append(untrained(folder_of(out, "chat", "lora")))

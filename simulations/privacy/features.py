@@ -48,6 +48,11 @@ class FeatureLearner:
     learning_rate: float
     seed: int
 
+    @property
+    def start(self) -> AdapterState:
+        """The adapter that the first round starts from."""
+        return drawn_adapter(self.spec, self.seed)
+
     def fit(self, adapter: AdapterState, job: FitJob) -> Fitted:
         """Adam on the adapter for so many steps, from batches that are drawn anew each round."""
         tensors = {key: np.array(value) for key, value in adapter.tensors.items()}

@@ -35,13 +35,16 @@ _STRATEGY = build(Parts(identity(), dense(), Method(rule("examples")), sgd(1.0))
 _CODED = build(
     Parts(identity(), coded(top_k(0.5), steps(15, 8, "nearest"), zstd(3)), Method(rule("examples")), sgd(1.0))
 )
+_BUILT = build(Parts(identity(), dense(), Method(rule("examples")), sgd(1.0), builds=True))
 _TENSORS = {key: np.ones(shape, np.float32) for key, shape in SPEC.shapes.items()}
 _EXPECTED = {**_SESSION.manifest(1), "partition": 0}
+_FIRST = AdapterState(SPEC, _TENSORS)
 _UPDATE = Update(SPEC, _TENSORS, 10, 100, metrics={"loss": 1.0, "seconds": 2.0})
 VALID: tuple[Packet, ...] = (
     fit_reply(_STRATEGY, _UPDATE, _EXPECTED, 4),
-    fit_request(_STRATEGY, ServerState("run-1", 0, 0, AdapterState(SPEC, _TENSORS)), _SESSION, 0, 4),
+    fit_request(_STRATEGY, ServerState("run-1", 0, 0, _FIRST), _SESSION, 0, 4),
     fit_reply(_CODED, _UPDATE, _EXPECTED, 4),
+    fit_request(_BUILT, ServerState("run-1", 0, 0, _FIRST), _SESSION, 0, 4),
 )
 MOST_NORM = 100.0
 
@@ -94,11 +97,13 @@ def mutated(draw: Draw) -> tuple[int, RecordDict]:
 def receive(which: int, records: RecordDict) -> None:
     """What the server does with a reply (0), or a coded one (2), and a node with a request (1).
 
+    A request may be without the adapter, which the node builds for itself (3).
+
     Raises:
         FedPeftError: the message is not what it should be.
     """
     packet = to_packet(records)
-    if which != 1:
+    if which % 2 == 0:
         update = read_update(packet, _CODED if which else _STRATEGY, SPEC, _EXPECTED)
         require_norm(update, MOST_NORM, "update")
         packet.size_bytes  # noqa: B018
@@ -107,7 +112,7 @@ def receive(which: int, records: RecordDict) -> None:
     require_addressed(packet)
     own = {key: VALID[1].manifest[key] for key in ("version", "config", "spec")}
     require_manifest(packet, packet.kind, own)
-    read_request(packet, _STRATEGY, SPEC, Memory())
+    read_request(packet, _BUILT if which == 3 else _STRATEGY, SPEC, Memory(), lambda: _FIRST)
 
 
 def _require_sane(update: Update) -> None:

@@ -26,8 +26,8 @@ For more information, visit: <https://flower.ai/docs/framework/1.41/en/ref-exit-
     [
         (FLOWER, FULL),
         ("INFO: fine\nConnectionError: nobody there\n", "ConnectionError: nobody there"),
-        ("INFO: fine\n", "nothing in its log"),
-        ("", "nothing in its log"),
+        ("INFO: fine\n", ""),
+        ("", ""),
         (f"ServerApp raised an exception: {'x' * 10_000}", "x" * 500),
     ],
 )
@@ -38,6 +38,32 @@ def test_the_reason_of_an_end_is_the_sentence_of_the_exception(log: str, words: 
 def test_a_setting_that_flower_does_not_pass_on_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--set: expected no double quotes.*; write a list as a,b"):
         main("simulations/demo.toml", tmp_path / "out", ['adapter.lora.target_modules=["query"]'])
+
+
+@pytest.mark.parametrize("seen_at_work", [True, False])
+def test_where_flower_sees_first_that_a_process_is_gone_the_reason_says_so(
+    seen_at_work: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failed(Run):
+        """A run whose process was killed, as Flower tells at once."""
+
+        def start(self) -> str:
+            return "7"
+
+        def status(self, number: str) -> str:
+            return {"7": "finished:failed"}[number]
+
+        def _log(self, number: str) -> str:
+            return {"7": "INFO: killed\n"}[number]
+
+    at_work = iter([seen_at_work])
+    monkeypatch.setattr("server.run.taken", lambda _: next(at_work, False))
+    monkeypatch.setattr("server.run._LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("server.run._POLL_SECONDS", 0.0)
+    run = Failed("lab", tmp_path, "simulations/demo.toml", (), {})
+    why = "the process of the run's server is gone" if seen_at_work else "nothing in its log"
+    with pytest.raises(FederationError, match=f"found finished:failed: {why}; mend that"):
+        see_through(run, Attempts(most=1, pause_seconds=0.0), lambda _: None)
 
 
 @pytest.mark.parametrize(
