@@ -2,6 +2,7 @@
 
 import logging
 
+import fedpeft.blas  # noqa: F401 - before NumPy
 from fedpeft.errors import FedPeftError
 from fedpeft.merging import MergedAdapter, merge
 from fedpeft.version import VERSION as __version__

@@ -1,8 +1,9 @@
 """One pass of a model over the rows of several clients, in which each client's rows meet its own adapter.
 
 Rows stand client by client, each with as many. A layer that holds something trained is computed for all clients at
-once, each with numbers of its own (`vmap`: factors become batched matrix products, vectors are broadcast); whatever
-is frozen inside it, a quantised matrix for instance, sees all rows as one batch, as does the rest of the model.
+once, each with numbers of its own: LoRA on linear layers as batched matrix products, others by `vmap`, in which factors
+become such products and vectors are broadcast. Whatever is frozen inside it, a quantised matrix for instance, sees all
+rows as one batch, as does the rest of the model.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
+from fedpeft.cohort_products import batched
 from fedpeft.example_gradients import Inside, layers_of
 from fedpeft.replacing import replaced
 
@@ -41,7 +43,10 @@ def side_by_side(model: Any, stacks: Mapping[int, torch.Tensor], rows: int, way:
     with contextlib.ExitStack() as undone:
         for layer, names in layers_of(model, stacks).items():
             own = {f"layer.{name}": stack for name, stack in names.items()}
-            undone.enter_context(replaced(layer, "forward", _for_clients(layer, own, rows, way)))
+            forward = _for_clients(layer, own, rows, way)
+            if way is at_once:
+                forward = batched(layer, names, rows, forward)
+            undone.enter_context(replaced(layer, "forward", forward))
         ask = getattr(model, "get_prompt", None)
         if ask is not None and model.active_peft_config.peft_type != "PREFIX_TUNING":
             # Peft asks for its prompt once and repeats it; what comes here has all rows already.

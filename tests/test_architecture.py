@@ -22,7 +22,7 @@ CONFIG = UPDATES | MECHANISMS | {"config"}
 STRATEGY = CONFIG | {"strategy"}
 WIRE = STRATEGY | {"wire"}
 RECORDS = {"memory", "checkpoint", "journal"}
-COHORT = {"cohort", "cohort_choice", "cohort_layers", "cohort_pass"}
+COHORT = {"cohort", "cohort_choice", "cohort_layers", "cohort_pass", "cohort_products"}
 STEPS = {"batches", "corrections", "example_gradients", "gradient_checks", "private_steps"}
 BASES = {"adaptation", "base_weights", "bases", "models"}
 TORCH = BASES | {
@@ -126,7 +126,8 @@ ROOMS: dict[str, set[str]] = {
     "training": WIRE | STEPS | {"client", "data", "evaluation", "models", "pruning", "tasks"},
     "trunk": ADAPTERS | {"evaluation", "frozen_products", "models", "tasks"},
     "shared_base": {"models"},
-    "cohort_layers": {"example_gradients", "replacing"},
+    "cohort_layers": {"cohort_products", "example_gradients", "replacing"},
+    "cohort_products": set(),
     "first_positions": {"replacing"},
     "cohort_pass": {"cohort_layers", "evaluation", "first_positions", "frozen_products", "models", "tasks"},
     "cohort": WIRE
@@ -146,6 +147,7 @@ ROOMS: dict[str, set[str]] = {
     "merging": CONFIG | {"adapter_folders"},
     "report": GROUND | {"config", "journal", "links"},
     "federate": COMPOSED,
+    "blas": set(),
     "imports": set(),
     "engines": COMPOSED | {"federate", "imports", "kept", "loaded", "node_key", "nodes", "pulse", "skew"},
     "progress": GROUND | {"federate", "report"},
@@ -182,7 +184,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
         "trunk",
     ),
     "transformers": ("base_weights", "bases", "models", "tasks"),
-    "peft": ("adaptation", "models", *sorted(LAYERS - {"own_layers"}), "own_layers/switch"),
+    "peft": ("adaptation", "models", "cohort_products", *sorted(LAYERS - {"own_layers"}), "own_layers/switch"),
     "yaml": ("assets",),
     "safetensors": ("adapter_folders", "base_weights", "bases", "files", "models"),
     "huggingface_hub": ("bases", "data"),

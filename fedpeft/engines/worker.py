@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -112,6 +113,8 @@ def work(pipe: Connection, duty: Duty) -> None:
         os.close(shared.descriptor)
         pipe.send(Started(moved))
         sites = sites_of(config)
+        with contextlib.suppress(Exception):  # of which it is told once this client is asked
+            sites(duty.number % config.federation.clients)  # while others start, the data is read
         while True:
             try:
                 part = pipe.recv()

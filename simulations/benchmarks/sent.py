@@ -26,6 +26,8 @@ SETTINGS = Path(__file__).with_name("bytes.toml")
 WITHIN = 0.005
 """How much less accurate than that runs may be, on average over seeds, for their bytes to count."""
 
+_MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
 HEADING = (
     "| method, codec | bytes up | bytes down | times fewer than float32 LoRA | than full fine-tuning | until it is "
     "accurate enough | accuracy |\n|---|---:|---:|---:|---:|---:|---:|"
@@ -74,8 +76,15 @@ class Way:
         return [plain.figures[seed]["bytes_run"] / one["bytes_run"] for seed, one in self.figures.items()]
 
     def until(self, accuracy: float) -> float:
-        """The bytes, at the median, after which a run was first seen to be so accurate; infinite where it never was."""
-        return statistics.median(_until(one, accuracy) for one in self._all)
+        """A run's bytes when seeds were first seen to be so accurate on average; infinite where they never were."""
+        seen = self._all
+        rounds = sorted(int(key.removeprefix("accuracy_")) for key in seen[0] if key.startswith("accuracy_"))
+        reached = (
+            statistics.mean(one[f"bytes_{round_}"] for one in seen)
+            for round_ in rounds
+            if statistics.mean(one[f"accuracy_{round_}"] for one in seen) >= accuracy
+        )
+        return next(reached, math.inf)
 
 
 def ways(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], Way]:
@@ -125,28 +134,33 @@ def lines(found: Mapping[tuple[str, ...], Way]) -> list[str]:
 
 
 def picture(found: Mapping[tuple[str, ...], Way]) -> Figure:
-    """Accuracy against bytes both ways, the range of seeds for each, and a line through those that none beats."""
+    """Accuracy against bytes both ways, the range of seeds for each, and a line through those that none beats.
+
+    A method has its colour, a codec its mark; dotted is the accuracy that counts as float32 LoRA's.
+    """
+    colors, marks = (dict(zip(dict.fromkeys(names), kinds, strict=False)) for names, kinds in _kinds(found))
     with drawing.style():
-        figure = Figure(figsize=(1.5 * drawing.WIDTH_INCHES, 3.4), layout="constrained")
+        figure = Figure(figsize=(1.5 * drawing.WIDTH_INCHES, 3.8), layout="constrained")
         axes = figure.subplots()
-        for name, one in found.items():
-            spread = [[one.accuracy - min(one.accuracies)], [max(one.accuracies) - one.accuracy]]
-            at = one.up + one.down
-            axes.errorbar([at], [one.accuracy], spread, color=drawing.FEDERATION, marker="o", capsize=2)
-            axes.annotate(", ".join(name), (at, one.accuracy), (5, 3), textcoords="offset points", fontsize=7)
         unbeaten = [(found[name].up + found[name].down, found[name].accuracy) for name in front(found)]
-        axes.plot(*zip(*unbeaten, strict=True), color=drawing.FEDERATION, linewidth=1)
-        axes.axhline(enough(found), color="grey", linestyle=":", linewidth=1)
-        axes.set(xscale="log", xlabel="bytes both ways, whole run", ylabel="accuracy")
+        axes.plot(*zip(*unbeaten, strict=True), color="grey", linewidth=0.8)
+        axes.axhline(enough(found), color="grey", linestyle=":", linewidth=0.8)
+        for (method, codec), one in found.items():
+            spread = [[one.accuracy - min(one.accuracies)], [max(one.accuracies) - one.accuracy]]
+            drawn: dict[str, Any] = {"color": colors[method], "marker": marks[codec], "markersize": 5, "linewidth": 0.8}
+            axes.errorbar([one.up + one.down], [one.accuracy], spread, capsize=0, **drawn)
+        axes.set(xscale="log", xlabel="bytes both ways, whole run", title="accuracy on held-out sentences")
         axes.minorticks_off()
-        axes.margins(x=0.15)
+        axes.margins(x=0.1)
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda number, _: human_bytes(number)))
-        axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
+        drawing.percent_axis(axes)
+        keys = {name: drawing.key_mark(color, "o") for name, color in colors.items()}
+        keys |= {name: drawing.key_mark("black", mark) for name, mark in marks.items()}
+        drawing.legend(figure, list(keys.values()), list(keys), columns=2)
     return figure
 
 
-def _until(figures: Mapping[str, float], accuracy: float) -> float:
-    """The bytes after the first round in which a run was that accurate."""
-    rounds = sorted(int(key.removeprefix("accuracy_")) for key in figures if key.startswith("accuracy_"))
-    reached = (figures[f"bytes_{round_}"] for round_ in rounds if figures[f"accuracy_{round_}"] >= accuracy)
-    return next(reached, math.inf)
+def _kinds(found: Mapping[tuple[str, ...], Way]) -> tuple[tuple[Sequence[str], Sequence[str]], ...]:
+    """Methods and what tells them apart, and codecs and what does."""
+    methods, codecs = zip(*found, strict=True)
+    return (methods, drawing.PALETTE), (codecs, _MARKS)

@@ -27,6 +27,9 @@ MOST_SECONDS = 900.0
 OURS = "fedpeft"
 """What our side is called."""
 
+FLOAT32 = ("aggregation.codec.kind=dense", "aggregation.downlink.kind=dense", "aggregation.first=sent")
+"""Settings under which all that we send is float32, as others send it."""
+
 HEADING = "| task | side | whole process, s | a round after the first, s |\n|---|---|---:|---:|"
 
 _QUIET = {
@@ -55,8 +58,9 @@ Found = Sequence[Mapping[str, Took]]
 
 
 def task(first: RunConfig, rounds: int, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run with so many rounds and next to nothing to score."""
-    return override(first, [f"rounds={rounds}", "evaluation.every=0", "data.most_test_rows=10", *overrides])
+    """The run in float32 with so many rounds and next to nothing to score."""
+    told = [f"rounds={rounds}", "evaluation.every=0", "data.most_test_rows=10", *FLOAT32]
+    return override(first, [*told, *overrides])
 
 
 def ours(config: RunConfig, folder: Path) -> Took:

@@ -102,7 +102,9 @@ class Size(NamedTuple):
     pairs: int = 2
 
 
-FULL = Size(clients=12, edge_clients=32, repeats=3, overrides=("training.steps=2",), ways=workers.ways_of(2))
+FULL = Size(
+    clients=12, edge_clients=32, repeats=3, overrides=("training.steps=2", *sides.FLOAT32), ways=workers.ways_of(2)
+)
 
 
 def spread(values: Sequence[float]) -> Ratio:

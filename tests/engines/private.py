@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+DENSE = ("aggregation.codec.kind=dense", "aggregation.downlink.kind=dense")
+"""Under masks only numbers that add up can travel."""
+
 RULE = ("aggregation.merge.rule=ffa_lora", "aggregation.merge.ffa_lora.weights=uniform")
 
 CENTRAL = (
@@ -13,10 +16,11 @@ CENTRAL = (
 )
 """Noise of the server's, from the run's seed."""
 
-SUMS = (*RULE, "federation.channel.kind=secure")
+SUMS = (*RULE, *DENSE, "federation.channel.kind=secure")
 """Masks are secret and fall out of the sum; what rounds the numbers under them comes from the run's seed."""
 
 PRODUCTS = (
+    *DENSE,
     "aggregation.merge.rule=flexlora",
     "aggregation.merge.flexlora.weights=uniform",
     "federation.channel.kind=secure",
