@@ -88,7 +88,7 @@ def _headline(record: dict[str, Any], done: int) -> str:
         f"{config['name']}: {config['rounds']} rounds, {config['federation.cohort']} of "
         f"{config['federation.clients']} sites each, on the {record['engine']} engine{resumed}; "
         f"{adapter['family']} trains {human_count(adapter['trainable_parameters'])} of "
-        f"{human_count(adapter['base_parameters'])} parameters, {human_bytes(adapter['bytes'])} a message"
+        f"{human_count(adapter['base_parameters'])} parameters, {human_bytes(adapter['bytes'])} in float32"
     )
 
 

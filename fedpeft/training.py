@@ -17,6 +17,7 @@ from torch import nn
 from fedpeft.adapters import AdapterSpec, AdapterState
 from fedpeft.batches import batches_from, by_coin, each_once
 from fedpeft.client import FitJob, Fitted, Learner
+from fedpeft.compiling import compiled
 from fedpeft.config.training import TrainingConfig
 from fedpeft.corrections import Pull, pull_of
 from fedpeft.errors import FederationError, PlanError, sentence
@@ -111,7 +112,8 @@ def fit(learner: TorchLearner, adapter: AdapterState, job: FitJob) -> Fitted:
         accumulate = _private_accumulation(learner, learner.private, job, parameters, batches, seen)
     first_step = (job.round - 1) * settings.steps
     adapted.model.train()
-    with _without(adapted, job.frozen), _randomness(learner.seed, job), leanly(adapted):
+    steps = compiled(adapted.model, settings.compiled) if settings.compiled else leanly(adapted)
+    with _without(adapted, job.frozen), _randomness(learner.seed, job), steps:
         for step in range(first_step, first_step + settings.steps):
             rate = learning_rate_factor(settings, step, learner.rounds * settings.steps)
             for group in optimizer.param_groups:

@@ -76,6 +76,14 @@ class RunConfig:
         )
         require_range(self, "seed", 0, 2**63 - 1)
         require_range(self, "rounds", 1)
+        alone = self.compute.cohort == "off" and self.privacy.name != "example" and not self.training.cache_gigabytes
+        require(
+            alone or not self.training.compiled,
+            "training.compiled",
+            expected='compute.cohort = "off", no cache and no privacy of examples, none of which is compiled',
+            found=self.training.compiled,
+            remedy='set training.compiled = "", or do without these',
+        )
         threads, workers = self.compute.threads, self.compute.workers
         require(
             workers == 1 or threads == 0 or workers <= threads or self.model.device.startswith("cuda"),

@@ -52,6 +52,7 @@ class TrainingConfig:
     `final_fraction` of its peak. `head_learning_rate` 0 means that of the adapter. `proximal` is FedProx's μ;
     with `scaffold`, clients correct their gradients by control variates (SCAFFOLD). With `cache_gigabytes` a process
     keeps so much at most of what the layers below the lowest adapter make of examples, and computes them once.
+    `compiled` is the backend of `torch.compile` that a client's steps go through (empty: none).
     """
 
     steps: int = 10
@@ -66,8 +67,13 @@ class TrainingConfig:
     proximal: float = 0.0
     scaffold: bool = False
     cache_gigabytes: float = 0.0
+    compiled: str = ""
 
     def __post_init__(self) -> None:
+        backends = ("", "inductor", "aot_eager")
+        require(
+            self.compiled in backends, "compiled", expected=f"one of {', '.join(backends[1:])}", found=self.compiled
+        )
         for key in ("steps", "batch_size", "accumulation"):
             require_range(self, key, 1)
         require(self.learning_rate > 0, "learning_rate", expected="a number above 0", found=self.learning_rate)

@@ -68,6 +68,7 @@ BOUND: dict[str, st.SearchStrategy[Any]] = {
     "project": st.from_regex(r"[a-z ]{0,3}[a-z]", fullmatch=True),
     "variant": st.sampled_from(["road_1", "road_2", "road_4"]),
     "metric": st.sampled_from(sorted(METRICS)),
+    "compiled": st.just(""),
     "missing": st.sampled_from(MISSING),
     "name": st.from_regex(r"[a-z0-9_-]{1,8}", fullmatch=True),
     "precision": st.sampled_from(["float32", "bfloat16", "float16"]),
