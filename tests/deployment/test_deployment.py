@@ -35,7 +35,11 @@ THREE = (
     "adapter.lora.rank=64",
     "adapter.lora.target_modules=query,key,value,dense",
     "adapter.lora.layers=0,1,2,3,4,5",
+    "aggregation.codec.kind=dense",
+    "aggregation.downlink.kind=dense",
+    "aggregation.first=sent",
 )
+"""Ranks of their own, and all in float32: so much is sent that what crosses besides is little."""
 MOST_OVERHEAD = 0.03
 """Of the payload that the journal counts, what may cross besides."""
 
