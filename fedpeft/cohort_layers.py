@@ -18,12 +18,9 @@ from torch import nn
 from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
-from fedpeft.cohort_products import batched
+from fedpeft.cohort_products import Numbers, batched
 from fedpeft.example_gradients import Inside, layers_of
 from fedpeft.replacing import replaced
-
-Numbers = Mapping[str, torch.Tensor]
-"""What a layer holds of the clients' own, by name."""
 
 Tensors = list[torch.Tensor]
 
